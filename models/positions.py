@@ -1,0 +1,149 @@
+"""How positions enter: rotary embeddings (RoPE) with their scaling variants, learned embeddings, or not at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxpar.models.lazy import jnp
+from jaxpar.models.spec import Normal, ParamSpec
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al. 2023, position interpolation)."""
+
+    factor: float = 1.0
+
+    def __call__(self, inv_freq, base, size):
+        return inv_freq / self.factor, 1.0
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __call__(self, inv_freq, base, size):
+        wavelength = 2 * math.pi / inv_freq
+        smooth = (self.original_context / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return (1 - smooth) * inv_freq / self.factor + smooth * inv_freq, 1.0
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023): interpolation by part of the spectrum, and a scale on the rotated vectors.
+
+    Attributes:
+      factor: how many times longer the context is than `original_context`.
+      beta_fast, beta_slow: turns over the original context above which a dimension is kept, and below which it is
+        interpolated.
+      attention_factor: the scale of cos and sin. None: `0.1·ln(factor) + 1`.
+      truncate: round the ramp's ends to whole dimensions, as the authors' code does.
+    """
+
+    factor: float = 4.0
+    original_context: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __call__(self, inv_freq, base, size):
+        def dimension(turns):
+            return size * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        ramp = (np.arange(size // 2, dtype=np.float64) - low) / max(high - low, 0.001)
+        kept = 1.0 - np.clip(ramp, 0.0, 1.0)
+        scale = self.attention_factor
+        if scale is None:
+            scale = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        return inv_freq / self.factor * (1 - kept) + inv_freq * kept, scale
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings (Su et al. 2021), in the half-split layout of Llama and Hugging Face.
+
+    Attributes:
+      base: wavelengths run from 2π to 2π·base.
+      scaling: how a longer context is reached.
+      local_base: the base of sliding-window layers, which take no scaling (Gemma 3). None: the same as the others.
+      fraction: the part of the head size that is rotated.
+    """
+
+    base: float = 10_000.0
+    scaling: Scaling | None = None
+    local_base: float | None = None
+    fraction: float = 1.0
+
+    def rotated(self, head_size: int) -> int:
+        return int(head_size * self.fraction)
+
+    def spec(self, cfg) -> dict:
+        return {}
+
+    def frequencies(self, head_size: int, local: bool) -> tuple[np.ndarray, float]:
+        """Inverse frequencies [rotated / 2] (radians per token, float64) and the scale of cos and sin."""
+        size = self.rotated(head_size)
+        base = self.local_base if local and self.local_base is not None else self.base
+        inv_freq = base ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+        if self.scaling is None or (local and self.local_base is not None):
+            return inv_freq, 1.0
+        return self.scaling(inv_freq, base, size)
+
+    def table(self, cfg) -> dict[str, np.ndarray]:
+        """What each layer needs, as data: `inv_freq` [L, rotated / 2] and `rope_scale` [L], float32."""
+        rows = [self.frequencies(cfg.head_size, cfg.slides(layer)) for layer in range(cfg.layers)]
+        return {
+            "inv_freq": np.stack([f for f, _ in rows]).astype(np.float32),
+            "rope_scale": np.array([s for _, s in rows], np.float32),
+        }
+
+
+def rotate(x_BxTxHxK, cos_BxTxR, sin_BxTxR):
+    """Turn the first 2R of K dimensions of each head: pairs are (i, i + R). Computed in float32."""
+    half = cos_BxTxR.shape[-1]
+    x = x_BxTxHxK.astype(jnp.float32)
+    cos, sin = cos_BxTxR[:, :, None, :], sin_BxTxR[:, :, None, :]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    return turned.astype(x_BxTxHxK.dtype)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned embedding for each position, added to the token's (GPT-2)."""
+
+    def spec(self, cfg) -> dict:
+        return {"positions": ParamSpec((cfg.context, cfg.width), (None, "embed"), Normal(cfg.init_std))}
+
+    def table(self, cfg) -> dict[str, np.ndarray]:
+        return {}
+
+
+@dataclass(frozen=True)
+class NoPositions:
+    """No positions at all: the causal mask alone tells order (Kazemnejad et al. 2023)."""
+
+    def spec(self, cfg) -> dict:
+        return {}
+
+    def table(self, cfg) -> dict[str, np.ndarray]:
+        return {}
