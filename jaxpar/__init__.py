@@ -8,8 +8,8 @@ from pathlib import Path as _Path
 
 __version__ = "0.1.0"
 
-# In a checkout `./jaxpar` shadows an installed package when Python starts in the root, and `models/` and its sisters stand
-# beside it, not below it: let the package look there too, so that both ways import the same modules.
+# In a checkout `./jaxpar` shadows an installed package when Python starts in the root, and `models/` and its
+# sisters stand beside it, not below it: let the package look there too, so that both ways import the same modules.
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "pallas_kernels").is_dir():
     __path__.append(str(_root))

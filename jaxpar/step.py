@@ -1,16 +1,17 @@
 """A training step in three phases, and what may be wrapped around them.
 
     prepare   (state, batch, control)             -> (state, metrics)     what must happen to the state first
-    gradients (state, batch, control)             -> Gradients            pure: sums over the batch, nothing is updated
+    gradients (state, batch, control)             -> Gradients            sums over the batch; updates nothing
     apply     (state, gradients, control)         -> (state, metrics)     the optimiser
 
-`update` is the three in this order, and is not overridden: a transform replaces phases, and whatever the phases are made of
-(plain `jit`, GSPMD, a pipeline table) it cannot tell. Zeroth-order and federated steps are other makers of `gradients` and
-`apply`. `chain(step, t1, t2)` is `t2(t1(step))`: the last one is outermost, so it sees the batch first in each phase, and
-on the way back it sees the result last.
+`update` is the three in this order, and is not overridden: a transform replaces phases, and whatever the phases are
+made of (plain `jit`, GSPMD, a pipeline table) it cannot tell. Zeroth-order and federated steps are other makers of
+`gradients` and `apply`. `chain(step, t1, t2)` is `t2(t1(step))`: the last one is outermost, so it sees the batch first
+in each phase, and on the way back it sees the result last.
 
-Why phases and not one `update`: a check on the gradient must stand between gradients and optimiser ("before the update"),
-and accumulation must wrap gradients alone; with one opaque `update` each of them would need the inside of the other.
+Why phases and not one `update`: a check on the gradient must stand between gradients and optimiser ("before the
+update"), and accumulation must wrap gradients alone; with one opaque `update` each of them would need the inside of
+the other.
 """
 
 from __future__ import annotations

@@ -115,9 +115,7 @@ class ModelConfig:
                 "serves the same number of query heads"
             )
         if self.head_size < 1 or self.hidden < 1:
-            raise ValueError(
-                f"model.head_size = {self.head_size} and model.hidden = {self.hidden} must be at least 1"
-            )
+            raise ValueError(f"model.head_size = {self.head_size} and model.hidden = {self.hidden} must be at least 1")
         if self.window is not None and self.window < 1:
             raise ValueError(f"model.window must be at least 1 token, got {self.window}; leave it out for none")
         if not self.window_pattern:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-
 from jaxpar.models.lazy import jnp
 from jaxpar.models.spec import Normal, ParamSpec
 

@@ -82,9 +82,7 @@ def is_spec(x) -> bool:
 
 def stack(specs: Tree, layers: int) -> Tree:
     """The same parameters for each of `layers` layers, stacked on a new leading `layers` dimension."""
-    return map_specs(
-        lambda s: ParamSpec((layers, *s.shape), (LAYERS, *s.axes), s.init, s.dtype, s.decay), specs
-    )
+    return map_specs(lambda s: ParamSpec((layers, *s.shape), (LAYERS, *s.axes), s.init, s.dtype, s.decay), specs)
 
 
 def map_specs(f: Callable[[ParamSpec], Any], specs: Tree) -> Tree:
