@@ -1,0 +1,91 @@
+"""What a call of the model brings besides parameters and tokens: arrays (`Context`) and functions (`Ops`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxpar.models.cache import KVCache
+from jaxpar.pallas_kernels.attention import attention
+
+
+def matmul(x, w, contract: int = 1):
+    """`x [..., a...] · w [a..., b...] -> [..., b...]`, over the last `contract` dimensions of x and the first of w.
+
+    `w` is cast to x's dtype, and both are flattened to one plain matrix product: the form every backend is best at.
+    """
+    inner = math.prod(w.shape[:contract])
+    lead, outer = x.shape[: x.ndim - contract], w.shape[contract:]
+    y = x.reshape(*lead, inner) @ w.astype(x.dtype).reshape(inner, math.prod(outer))
+    return y.reshape(*lead, *outer)
+
+
+def unconstrained(x, axes: tuple[str | None, ...]):
+    """The sharding constraint of a model on one device: none."""
+    return x
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The functions that a block calls: the one way in for sequence parallelism, quantised matmuls and shardings.
+
+    Attributes:
+      attention: as `jaxpar.pallas_kernels.attention.attention`.
+      matmul: `(x, w, contract=1) -> y`, see `matmul` above.
+      constrain: `(x, logical axes) -> x`, says how an activation is spread. The model names logical axes only, never a
+        mesh.
+    """
+
+    attention: Callable = attention
+    matmul: Callable = matmul
+    constrain: Callable = unconstrained
+
+
+@struct.dataclass
+class Context:
+    """Per call. B rows, T tokens.
+
+    Attributes:
+      positions: int32 [B, T], the position of each token in its document. None: 0, 1, 2, ...
+      segments: int32 [B, T], which document of the row a token belongs to, from 1; tokens see their own document only.
+        0 is padding. None: one document a row.
+      cache: keys and values of earlier tokens. With a cache, positions count from `cache.lens` and `segments` must be
+        None: a row is one document.
+      key: the random key of this step, for dropout. None: evaluation, nothing is dropped.
+      sample_ids: int32 [B], the global example index of each row, which dropout folds into the key so that it does not
+        depend on how rows are spread. Needed where `key` is given.
+      ops: the functions that the blocks call (static).
+    """
+
+    positions: jax.Array | None = None
+    segments: jax.Array | None = None
+    cache: KVCache | None = None
+    key: jax.Array | None = None
+    sample_ids: jax.Array | None = None
+    ops: Ops = struct.field(pytree_node=False, default=Ops())
+
+    def positions_of(self, shape: tuple[int, int]):
+        """int32 [B, T]: the given positions, or those that follow from the cache, or 0, 1, 2, ..."""
+        if self.positions is not None:
+            return self.positions
+        steps_T = jnp.arange(shape[1], dtype=jnp.int32)
+        start_B = jnp.zeros(shape[0], jnp.int32) if self.cache is None else self.cache.lens
+        return start_B[:, None] + steps_T[None, :]
+
+
+def dropout(cfg, ctx: Context, x_BxTxD, layer, site: int):
+    """Zero each element with probability `cfg.dropout` and scale the rest, in training.
+
+    The key folds in the sample, the layer and the site (0 embedding, 1 attention, 2 feed-forward): the noise of a token
+    is the same on every mesh, for every microbatch size, and when a pipeline stage runs alone.
+    """
+    if cfg.dropout == 0 or ctx.key is None:
+        return x_BxTxD
+    key = jax.random.fold_in(jax.random.fold_in(ctx.key, layer), site)
+    keep = 1.0 - cfg.dropout
+    draw = lambda sample: jax.random.bernoulli(jax.random.fold_in(key, sample), keep, x_BxTxD.shape[1:])  # noqa: E731
+    return jnp.where(jax.vmap(draw)(ctx.sample_ids), x_BxTxD / keep, 0).astype(x_BxTxD.dtype)

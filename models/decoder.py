@@ -1,0 +1,206 @@
+"""The decoder in three functions: `embed`, `blocks` over any contiguous slice of the stack of layers, and `head`.
+
+    embed (cfg, params, tokens, ctx)                   -> state
+    blocks(cfg, stacked, state, ctx, first_layer=0)    -> state, Aux
+    head  (cfg, params, state, ctx, targets=None)      -> logits | LossSums
+    apply = head ∘ blocks ∘ embed
+
+Written for one device: what makes it parallel comes from outside, by shardings and by `ctx.ops`. A pipeline stage, a
+streamed window of layers, an early exit and a zeroth-order pass call `blocks` on a slice and nothing else.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxpar.models import layers
+from jaxpar.models import spec as specs
+from jaxpar.models.cache import KVCache
+from jaxpar.models.config import ModelConfig
+from jaxpar.models.context import Context, Ops, dropout
+from jaxpar.models.loss import cross_entropy
+from jaxpar.models.spec import Normal, ParamSpec
+
+Tree = Any
+
+
+@struct.dataclass
+class Aux:
+    """What the blocks give besides the state.
+
+    Attributes:
+      cache: the cache after these layers' keys and values were written; None where none was given. `lens` is
+        unchanged: the caller knows how many of the tokens were real.
+    """
+
+    cache: KVCache | None = None
+
+
+@struct.dataclass
+class Output:
+    """What a whole pass gives.
+
+    Attributes:
+      logits: float32 [B, T, V].
+      aux: see `Aux`.
+    """
+
+    logits: jax.Array
+    aux: Aux
+
+
+@struct.dataclass
+class LossSums:
+    """Weighted sum of token losses (nats) and sum of weights, float32 scalars: they add up over microbatches."""
+
+    loss_sum: jax.Array
+    weight_sum: jax.Array
+
+
+def spec(cfg: ModelConfig) -> Tree:
+    """Every parameter's `ParamSpec`, layers stacked."""
+    embedding = {"tokens": ParamSpec((cfg.vocabulary, cfg.width), ("vocabulary", "embed"), Normal(cfg.init_std))}
+    head = {"norm": cfg.norm.spec(cfg.width)}
+    if not cfg.tied_embeddings:
+        head["unembed"] = {
+            "kernel": ParamSpec((cfg.width, cfg.vocabulary), ("embed", "vocabulary"), Normal(cfg.init_std))
+        }
+    return {
+        "embedding": {**embedding, **cfg.positions.spec(cfg)},
+        "layers": specs.stack(layers.spec(cfg), cfg.layers),
+        "head": head,
+    }
+
+
+def init(cfg: ModelConfig, key) -> Tree:
+    """Initial parameters: bitwise equal on every mesh (jit it with `out_shardings` to make them where they belong)."""
+    return specs.init(spec(cfg), key)
+
+
+def embed(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context):
+    """Token (and learned position) embeddings -> the residual operator's state at the first layer."""
+    chex.assert_rank(tokens_BxT, 2)
+    dtype = jnp.dtype(cfg.dtype)
+    x_BxTxD = params["embedding"]["tokens"][tokens_BxT].astype(dtype)
+    if cfg.embedding_scale is not None:
+        x_BxTxD = x_BxTxD * jnp.asarray(cfg.embedding_scale, dtype)
+    if "positions" in params["embedding"]:
+        x_BxTxD = x_BxTxD + params["embedding"]["positions"][ctx.positions_of(tokens_BxT.shape)].astype(dtype)
+    x_BxTxD = ctx.ops.constrain(x_BxTxD, ("batch", "length", "embed"))
+    x_BxTxD = dropout(cfg, ctx, x_BxTxD, layer=0, site=0)
+    return cfg.residual.init(cfg, x_BxTxD)
+
+
+def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) -> tuple[Any, Aux]:
+    """Run a contiguous slice of the stack.
+
+    Args:
+      stacked: the layers' parameters, each [n, ...]: all of `params["layers"]` or a slice of it.
+      state: what `embed` or the layers before gave.
+      ctx: `ctx.cache`, where given, holds these n layers.
+      first_layer: the index of the first of them in the whole model; may be traced (a pipeline stage).
+
+    Returns:
+      The state after the last of them, and `Aux`.
+    """
+    n = jax.tree.leaves(stacked)[0].shape[0]
+    tables = layers.tables(cfg, state, ctx)
+    kinds_n = layers.kinds_of(cfg, first_layer, n)
+    pages = None if ctx.cache is None else (ctx.cache.k, ctx.cache.v)
+
+    def layer(kind, params, state, pages, i):
+        return layers.block(cfg, params, state, pages, ctx, tables, first_layer + i, i, kind)
+
+    if cfg.layer_loop == "unroll":
+        for i, params in enumerate(layers.unstack(stacked)):
+            state, pages = layers.remat(cfg, partial(layer, kinds_n[i]))(params, state, pages, i)
+    else:
+
+        def body(carry, xs):
+            params, i, kind = xs
+            return layers.remat(cfg, partial(layer, kind))(params, *carry, i), None
+
+        (state, pages), _ = jax.lax.scan(body, (state, pages), (stacked, jnp.arange(n), jnp.asarray(kinds_n)))
+    cache = None if pages is None else ctx.cache.replace(k=pages[0], v=pages[1])
+    return state, Aux(cache=cache)
+
+
+def unembedding(cfg: ModelConfig, params: Tree):
+    """The output projection, [V, D]."""
+    return params["embedding"]["tokens"] if cfg.tied_embeddings else params["head"]["unembed"]["kernel"].T
+
+
+def final_norm(cfg: ModelConfig, params: Tree, state):
+    """What the output projection sees: [B, T, D]."""
+    return cfg.norm(params["head"]["norm"], cfg.residual.final(cfg, state))
+
+
+def logits_of(cfg: ModelConfig, params: Tree, x_BxTxD, ops: Ops):
+    """The output projection (and its soft cap) of what `final_norm` gave: float32 [B, T, V]."""
+    logits = ops.matmul(x_BxTxD, unembedding(cfg, params).T).astype(jnp.float32)
+    if cfg.logit_cap is not None:
+        logits = cfg.logit_cap * jnp.tanh(logits / cfg.logit_cap)
+    return ops.constrain(logits, ("batch", "length", "vocabulary"))
+
+
+def head(cfg: ModelConfig, params: Tree, state, ctx: Context, targets=None, weights=None):
+    """Final norm and output projection.
+
+    Args:
+      targets: int32 [B, T]. None: return logits.
+      weights: float32 [B, T], the loss weight of each target. None: 1.
+
+    Returns:
+      float32 logits [B, T, V], or `LossSums`, for which at most `cfg.loss_chunk` tokens of each row have
+      logits at once.
+    """
+    x_BxTxD = final_norm(cfg, params, state)
+    if targets is None:
+        return logits_of(cfg, params, x_BxTxD, ctx.ops)
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+    return LossSums(
+        *cross_entropy(
+            x_BxTxD, unembedding(cfg, params), targets, weights, chunk=cfg.loss_chunk, cap=cfg.logit_cap, ops=ctx.ops
+        )
+    )
+
+
+def apply(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context | None = None) -> Output:
+    """The whole decoder: int32 tokens [B, T] -> `Output`."""
+    ctx = Context() if ctx is None else ctx
+    state = embed(cfg, params, tokens_BxT, ctx)
+    state, aux = blocks(cfg, params["layers"], state, ctx)
+    return Output(head(cfg, params, state, ctx), aux)
+
+
+def loss(cfg: ModelConfig, params: Tree, tokens_BxT, targets_BxT, weights_BxT=None, ctx: Context | None = None):
+    """The summed next-token loss of a batch: `LossSums`."""
+    ctx = Context() if ctx is None else ctx
+    state = embed(cfg, params, tokens_BxT, ctx)
+    state, _ = blocks(cfg, params["layers"], state, ctx)
+    return head(cfg, params, state, ctx, targets_BxT, weights_BxT)
+
+
+def forward(cfg: ModelConfig, params: Tree, tokens_BxQ, cache: KVCache, counts_B=None, ops: Ops = Ops(), last=False):
+    """Q more tokens for each row behind what the cache holds: prefill, decoding and verification are this one path.
+
+    Args:
+      counts_B: int32 [B], how many of a row's Q tokens are real; the rest is padding at the end, written to slots that
+        the next call overwrites. None: all.
+      last: give the logits of each row's last real token only.
+
+    Returns:
+      float32 logits [B, Q, V] ([B, 1, V] with `last`) and the cache, `lens` advanced by `counts_B`.
+    """
+    ctx = Context(cache=cache, ops=ops)
+    counts_B = jnp.full(tokens_BxQ.shape[0], tokens_BxQ.shape[1], jnp.int32) if counts_B is None else counts_B
+    state, aux = blocks(cfg, params["layers"], embed(cfg, params, tokens_BxQ, ctx), ctx)
+    x_BxTxD = final_norm(cfg, params, state)
+    if last:
+        x_BxTxD = jnp.take_along_axis(x_BxTxD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
+    return logits_of(cfg, params, x_BxTxD, ops), aux.cache.replace(lens=cache.lens + counts_B)

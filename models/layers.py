@@ -1,0 +1,202 @@
+"""One layer of the decoder: attention and feed-forward branches around the residual operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxpar.models import cache as kv
+from jaxpar.models.config import ModelConfig
+from jaxpar.models.context import Context, dropout
+from jaxpar.models.positions import Rope, rotate
+from jaxpar.models.spec import Constant, Normal, ParamSpec
+from jaxpar.pallas_kernels.attention import MaskSpec
+
+Tree = Any
+FULL = 2**30
+"""The window of a layer that sees everything, where layers of both kinds are scanned together."""
+
+
+def spec(cfg: ModelConfig) -> Tree:
+    """One layer's parameters."""
+    D, H, G, K = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_size
+    pre = cfg.norm_placement in ("pre", "pre_post")
+    post = cfg.norm_placement in ("post", "pre_post")
+
+    def projection(shape, axes, std, bias):
+        entry = {"kernel": ParamSpec(shape, axes, Normal(std))}
+        if bias is not None:
+            entry["bias"] = ParamSpec(*bias, Constant(0.0), decay=False)
+        return entry
+
+    heads = ((H, K), ("heads", "head_size")) if cfg.qkv_bias else None
+    groups = ((G, K), ("kv_heads", "head_size")) if cfg.qkv_bias else None
+    attention = {
+        "query": projection((D, H, K), ("embed", "heads", "head_size"), cfg.init_std, heads),
+        "key": projection((D, G, K), ("embed", "kv_heads", "head_size"), cfg.init_std, groups),
+        "value": projection((D, G, K), ("embed", "kv_heads", "head_size"), cfg.init_std, groups),
+        "out": projection(
+            (H, K, D),
+            ("heads", "head_size", "embed"),
+            cfg.init_std / (2 * cfg.layers) ** 0.5,
+            ((D,), ("norm",)) if cfg.attention_out_bias else None,
+        ),
+    }
+    if cfg.qk_norm:
+        attention |= {"query_norm": cfg.norm.spec(K), "key_norm": cfg.norm.spec(K)}
+    feedforward = cfg.feedforward.spec(cfg)
+    for branch in (attention, feedforward):
+        if pre:
+            branch["norm"] = cfg.norm.spec(D)
+        if post:
+            branch["post_norm"] = cfg.norm.spec(D)
+    layer = {"attention": attention, "feedforward": feedforward}
+    if residual := cfg.residual.spec(cfg):
+        layer["residual"] = {"attention": residual, "feedforward": residual}
+    return layer
+
+
+def kinds(cfg: ModelConfig) -> list[bool]:
+    """The distinct kinds of layers, by whether they slide, in order of first appearance."""
+    return list(dict.fromkeys(cfg.slides(layer) for layer in range(cfg.layers)))
+
+
+def kinds_of(cfg: ModelConfig, first_layer, n: int):
+    """The kind of each of n layers from `first_layer` on: NumPy where that is known, traced where it is not."""
+    distinct = kinds(cfg)
+    all_L = np.array([distinct.index(cfg.slides(layer)) for layer in range(cfg.layers)], np.int32)
+    if isinstance(first_layer, int | np.integer):
+        return all_L[first_layer : first_layer + n]
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(all_L), first_layer, n)
+
+
+@struct.dataclass
+class Tables:
+    """What layers of one kind share, made once for all layers. U kinds.
+
+    Attributes:
+      cos, sin: float32 [U, B, T, R], where positions are rotary.
+      slots: int32 [B, T], the cache slots of the new tokens, where there is a cache.
+      windows: the attention span of each kind, or None where no layer slides (static).
+    """
+
+    cos: jax.Array | None
+    sin: jax.Array | None
+    slots: jax.Array | None
+    windows: tuple[int, ...] | None = struct.field(pytree_node=False)
+
+
+def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
+    """See `Tables`. Positions come from the context, or count from the cache's lengths."""
+    B, T, _ = jax.eval_shape(lambda s: cfg.residual.final(cfg, s), state).shape
+    positions_BxT = ctx.positions_of((B, T))
+    distinct = kinds(cfg)
+    cos = sin = slots = windows = None
+    if isinstance(cfg.positions, Rope):
+        turns = [cfg.positions.frequencies(cfg.head_size, local) for local in distinct]
+        angles = [positions_BxT[:, :, None] * jnp.asarray(f, jnp.float32)[None, None, :] for f, _ in turns]
+        cos = jnp.stack([jnp.cos(a) * scale for a, (_, scale) in zip(angles, turns, strict=True)])
+        sin = jnp.stack([jnp.sin(a) * scale for a, (_, scale) in zip(angles, turns, strict=True)])
+    if ctx.cache is not None:
+        slots = ctx.cache.lens[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    if any(distinct):
+        windows = tuple(cfg.window if local else FULL for local in distinct)
+    return Tables(cos, sin, slots, windows)
+
+
+def _pick(rows, kind):
+    """Row `kind` of a small table. Where there is one kind only, no gather is traced."""
+    if isinstance(kind, int | np.integer):
+        return rows[int(kind)]
+    if len(rows) == 1:
+        return rows[0]
+    return (jnp.asarray(rows) if isinstance(rows, tuple) else rows)[kind]
+
+
+def attention_branch(cfg: ModelConfig, params: Tree, x_BxTxD, pages, ctx: Context, tables: Tables, i, kind):
+    """Queries, keys, values, positions, cache, attention and output projection.
+
+    Returns [B, T, D] and the cache pages with these tokens' keys and values at layer i (or None).
+    """
+    ops = ctx.ops
+
+    def project(name, axis):
+        y = ops.matmul(x_BxTxD, params[name]["kernel"])
+        if "bias" in params[name]:
+            y = y + params[name]["bias"].astype(y.dtype)[None, None]
+        if f"{name}_norm" in params:
+            y = cfg.norm(params[f"{name}_norm"], y)
+        return ops.constrain(y, ("batch", "length", axis, "head_size"))
+
+    q, k, v = project("query", "heads"), project("key", "kv_heads"), project("value", "kv_heads")
+    if tables.cos is not None:
+        cos, sin = _pick(tables.cos, kind), _pick(tables.sin, kind)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+    window = None if tables.windows is None else _pick(tables.windows, kind)
+    if isinstance(window, int) and window >= FULL:
+        window = None
+    if pages is None:
+        mask = MaskSpec(window=window, q_segments=ctx.segments, k_segments=ctx.segments)
+    else:
+        pages = tuple(kv.write(page, new, i, tables.slots) for page, new in zip(pages, (k, v), strict=True))
+        k, v = (page[i].astype(q.dtype) for page in pages)
+        index_BxS = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
+        mask = MaskSpec(window=window, q_index=tables.slots, k_index=index_BxS)
+
+    attend = lambda q, k, v, mask: ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)  # noqa: E731
+    if cfg.remat == "attention":
+        attend = jax.checkpoint(attend)
+    y = ops.matmul(attend(q, k, v, mask), params["out"]["kernel"], contract=2)
+    if "bias" in params["out"]:
+        y = y + params["out"]["bias"].astype(y.dtype)[None, None]
+    return y, pages
+
+
+def block(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Tables, layer, i, kind):
+    """Layer `layer` of the model, the i-th of the slice at hand: `(state, pages) -> (state, pages)`."""
+    mixers = params.get("residual", {"attention": {}, "feedforward": {}})
+
+    def branch(name, site, run, state):
+        own = params[name]
+        x = cfg.residual.read(cfg, mixers[name], state, layer)
+        x = cfg.norm(own["norm"], x) if "norm" in own else x
+        y, rest = run(own, x)
+        y = cfg.norm(own["post_norm"], y) if "post_norm" in own else y
+        y = ctx.ops.constrain(y, ("batch", "length", "embed"))
+        y = dropout(cfg, ctx, y, layer, site)
+        return cfg.residual.write(cfg, mixers[name], state, y, layer), rest
+
+    state, pages = branch("attention", 1, lambda p, x: attention_branch(cfg, p, x, pages, ctx, tables, i, kind), state)
+    state, _ = branch("feedforward", 2, lambda p, x: (cfg.feedforward.apply(cfg, p, x, ctx.ops), None), state)
+    return state, pages
+
+
+def remat(cfg: ModelConfig, run):
+    """`run(params, state, ...)` under the named policy of what the backward pass recomputes."""
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if cfg.remat not in policies:
+        return run
+    # Inside a scan the loop itself keeps the compiler from undoing the recomputation.
+    return jax.checkpoint(run, policy=policies[cfg.remat], prevent_cse=cfg.layer_loop == "unroll")
+
+
+@jax.custom_vjp
+def _unstack(p):
+    return tuple(p[i] for i in range(p.shape[0]))
+
+
+# Indexing's own transpose adds L arrays of the size of the whole stack; stacking writes each layer once.
+_unstack.defvjp(lambda p: (_unstack(p), None), lambda _, g: (jnp.stack(g),))
+
+
+def unstack(stacked: Tree) -> list[Tree]:
+    """The layers of a stack, each a tree without the leading dimension."""
+    leaves, tree = jax.tree.flatten(stacked)
+    return [jax.tree.unflatten(tree, layer) for layer in zip(*map(_unstack, leaves), strict=True)]
