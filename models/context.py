@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import struct
+
 from jaxpar.models.cache import KVCache
 from jaxpar.pallas_kernels.attention import attention
 

@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+
 from jaxpar.models import layers
 from jaxpar.models import spec as specs
 from jaxpar.models.cache import KVCache

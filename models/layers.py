@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
 from jaxpar.models import cache as kv
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, dropout
@@ -147,10 +148,12 @@ def attention_branch(cfg: ModelConfig, params: Tree, x_BxTxD, pages, ctx: Contex
         index_BxS = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
         mask = MaskSpec(window=window, q_index=tables.slots, k_index=index_BxS)
 
-    attend = lambda q, k, v, mask: ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)  # noqa: E731
+    def attend(q, k, v):
+        return ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)
+
     if cfg.remat == "attention":
         attend = jax.checkpoint(attend)
-    y = ops.matmul(attend(q, k, v, mask), params["out"]["kernel"], contract=2)
+    y = ops.matmul(attend(q, k, v), params["out"]["kernel"], contract=2)
     if "bias" in params["out"]:
         y = y + params["out"]["bias"].astype(y.dtype)[None, None]
     return y, pages

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from jaxpar.models.lazy import jnp
 from jaxpar.models.spec import Normal, ParamSpec
 
@@ -65,7 +66,7 @@ class YarnScaling:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, size - 1)
-        ramp = (np.arange(size // 2, dtype=np.float64) - low) / max(high - low, 0.001)
+        ramp = (np.arange(size // 2, dtype=np.float64) - low) / (high - low or 0.001)
         kept = 1.0 - np.clip(ramp, 0.0, 1.0)
         scale = self.attention_factor
         if scale is None:
@@ -73,7 +74,28 @@ class YarnScaling:
         return inv_freq / self.factor * (1 - kept) + inv_freq * kept, scale
 
 
-Scaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True)
+class FactorScaling:
+    """Each frequency divided by its own factor: what GGUF files store, and LongRoPE (Ding et al. 2024) with one set.
+
+    Attributes:
+      factors: one for each of the rotated pairs.
+      attention_factor: the scale of cos and sin.
+    """
+
+    factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+    def __call__(self, inv_freq, base, size):
+        if len(self.factors) != size // 2:
+            raise ValueError(
+                f"positions.scaling.factors has {len(self.factors)} entries, but {size} rotated dimensions have "
+                f"{size // 2} pairs; give one for each"
+            )
+        return inv_freq / np.asarray(self.factors, np.float64), self.attention_factor
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | FactorScaling
 
 
 @dataclass(frozen=True)
@@ -98,14 +120,16 @@ class Rope:
     def spec(self, cfg) -> dict:
         return {}
 
+    def of_layer(self, local: bool) -> tuple[float, Scaling | None]:
+        """The base and the scaling of a layer; `local`: it has a sliding window."""
+        return (self.local_base, None) if local and self.local_base is not None else (self.base, self.scaling)
+
     def frequencies(self, head_size: int, local: bool) -> tuple[np.ndarray, float]:
         """Inverse frequencies [rotated / 2] (radians per token, float64) and the scale of cos and sin."""
         size = self.rotated(head_size)
-        base = self.local_base if local and self.local_base is not None else self.base
+        base, scaling = self.of_layer(local)
         inv_freq = base ** -(np.arange(0, size, 2, dtype=np.float64) / size)
-        if self.scaling is None or (local and self.local_base is not None):
-            return inv_freq, 1.0
-        return self.scaling(inv_freq, base, size)
+        return (inv_freq, 1.0) if scaling is None else scaling(inv_freq, base, size)
 
     def table(self, cfg) -> dict[str, np.ndarray]:
         """What each layer needs, as data: `inv_freq` [L, rotated / 2] and `rope_scale` [L], float32."""
