@@ -6,7 +6,7 @@ A choice that has hyper-parameters of its own is a strategy: a frozen dataclass 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
@@ -94,10 +94,11 @@ class ModelConfig:
     loss_chunk: int = 512
 
     def __post_init__(self):
-        fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        fill = lambda name, value: object.__setattr__(self, name, value)
         for name in ("vocabulary", "layers", "width", "heads", "context", "loss_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        fill("_derived", tuple(n for n in ("kv_heads", "head_size", "hidden") if getattr(self, n) is None))
         if self.kv_heads is None:
             fill("kv_heads", self.heads)
         if self.head_size is None:
@@ -131,6 +132,13 @@ class ModelConfig:
     def replace(self, **changes) -> ModelConfig:
         """A copy with other values; derived sizes (kv_heads, head_size, hidden) keep what they were."""
         return replace(self, **changes)
+
+    def as_given(self) -> ModelConfig:
+        """A copy whose derived sizes are None again: the start of a command line, on which `--width` changes them too."""
+        copy = object.__new__(ModelConfig)
+        for f in fields(self):
+            object.__setattr__(copy, f.name, None if f.name in self._derived else getattr(self, f.name))
+        return copy
 
     def slides(self, layer: int) -> bool:
         """Whether this layer's attention is limited to `window` tokens."""
