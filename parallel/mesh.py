@@ -176,7 +176,7 @@ def over_slices(sizes: Mapping[str, int], slices: int) -> tuple[int, ...]:
         left //= n
     if left > 1:
         raise ValueError(
-            f"mesh {product(sizes)} cannot be laid over {slices} slices: the product of data and fsdp must be a multiple of "
+            f"mesh {product(sizes)} cannot be laid over {slices} slices: data × fsdp must be a multiple of "  # noqa: RUF001
             f"{slices}, because tensor collectives are too frequent for the network between slices"
         )
     return tuple(across)

@@ -1,0 +1,264 @@
+"""Collectives: what each moves, and how many a compiled program really has.
+
+`count(hlo, sizes)` reads the text of a compiled step (`compiled.as_text()`): the truth after the partitioner and the
+combiners, where `jaxpar.parallel.explain` only derives what the rules imply.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+OPS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a step.
+
+    Attributes:
+      op: its name in HLO.
+      axes: the mesh axes it runs over; None where its groups are no product of mesh axes.
+      group: devices in each group.
+      nbytes: payload of one execution: the whole array, before it is scattered or after it is gathered.
+      times: executions a step (loops multiplied out).
+      where: what it is for: a tensor's name, or the operation's name in the program.
+    """
+
+    op: str
+    axes: tuple[str, ...] | None
+    group: int
+    nbytes: int
+    times: int
+    where: str = ""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends in one execution of the ring algorithm.
+
+        (n-1)/n of the payload to gather or to scatter; an all-reduce does both. Patarasuk & Yuan 2009.
+        """
+        n = self.group
+        match self.op:
+            case "all-reduce":
+                return 2 * self.nbytes * (n - 1) // n
+            case "collective-permute" | "collective-broadcast":
+                return self.nbytes
+            case _:
+                return self.nbytes * (n - 1) // n
+
+    def record(self) -> dict:
+        """JSON-able."""
+        return {
+            "op": self.op,
+            "axes": None if self.axes is None else list(self.axes),
+            "group": self.group,
+            "bytes": self.nbytes,
+            "times": self.times,
+            "sent_bytes_per_step": self.sent * self.times,
+            "where": self.where,
+        }
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The collectives of a compiled program.
+
+    Attributes:
+      collectives: one for each instruction, in no special order.
+      unknown_loops: loops whose trip count the compiler did not state; their bodies are counted once.
+      branches: branches of conditionals; each is counted as if it always ran.
+    """
+
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+    branches: int
+
+
+def count(hlo: str, sizes: Mapping[str, int]) -> Counted:
+    """Count the collectives in the text of a compiled program, loops multiplied out.
+
+    Args:
+      hlo: `compiled.as_text()`.
+      sizes: `{axis: size}` of the mesh in its order, to name the axes that groups run over.
+    """
+    entry, computations = _computations(hlo)
+    found: list[Collective] = []
+    unknown = branches = 0
+
+    def walk(name: str, times: int) -> None:
+        nonlocal unknown, branches
+        for line in computations.get(name, ()):
+            if (parsed := _instruction(line)) is None:
+                continue
+            shape, opcode, rest = parsed
+            if opcode in ("async-done", "async-update"):
+                continue  # the start has been counted
+            op = opcode.removesuffix("-start")
+            if op in OPS:
+                found.append(_collective(op, opcode != op, shape, rest, times, sizes))
+                continue
+            if opcode == "while":
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
+                unknown += trips is None
+                walk(_called(rest, "body"), times * (int(trips[1]) if trips else 1))
+            elif opcode == "conditional":
+                names = re.search(r"branch_computations=\{([^}]*)\}", rest)
+                names = names[1].split(",") if names else [_called(rest, f"{b}_computation") for b in ("true", "false")]
+                for branch in names:
+                    branches += 1
+                    walk(branch.strip().lstrip("%"), times)
+            elif callee := _called(rest, "calls" if opcode != "call" else "to_apply"):
+                walk(callee, times)
+
+    walk(entry, 1)
+    return Counted(tuple(found), unknown, branches)
+
+
+def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """The entry's name, and each computation's instructions."""
+    entry, lines, found = "", None, {}
+    for line in hlo.splitlines():
+        if lines is None:
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if head:
+                lines = found.setdefault(head[2], [])
+                entry = head[2] if head[1] else entry
+        elif line == "}":
+            lines = None
+        else:
+            lines.append(line)
+    return entry, found
+
+
+def _instruction(line: str) -> tuple[str, str, str] | None:
+    """`%x = SHAPE opcode(REST` -> (SHAPE, opcode, REST)."""
+    head = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = ", line)
+    if head is None:
+        return None
+    text = line[head.end() :]
+    end = _closing(text) + 1 if text.startswith("(") else text.find(" ")
+    opcode = re.match(r"\s*([\w\-]+)\(", text[end:])
+    return None if opcode is None else (text[:end], opcode[1], text[end + opcode.end() :])
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that opens `text` closes."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced parentheses in the shape {text[:60]!r} ...")
+
+
+def _called(rest: str, what: str) -> str:
+    found = re.search(rf"\b{what}=%?([\w.\-]+)", rest)
+    return found[1] if found else ""
+
+
+def _collective(op, is_async: bool, shape: str, rest: str, times: int, sizes) -> Collective:
+    if is_async and op != "all-reduce":
+        shape = _elements(shape)[1]  # (operand, result, context...)
+    groups = _pairs(rest) if op == "collective-permute" else _groups(rest, math.prod(sizes.values()))
+    nbytes = _nbytes(shape)
+    if op == "collective-permute":
+        axes = _moved_axes(groups, sizes)
+        group = math.prod(sizes[a] for a in axes)
+    else:
+        axes, group = _axes_of(groups, sizes), len(groups[0])
+    if op == "reduce-scatter":
+        nbytes *= group
+    name = re.search(r'op_name="([^"]*)"', rest)
+    return Collective(op, axes, group, nbytes, times, name[1] if name else "")
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple shape at its top level."""
+    parts, depth, start = [], 0, 1
+    for i, c in enumerate(shape):
+        depth += (c in "({[") - (c in ")}]")
+        if (depth == 1 and c == ",") or (depth == 0 and c == ")"):
+            parts.append(shape[start:i])
+            start = i + 1
+    return parts
+
+
+def _nbytes(shape: str) -> int:
+    """Bytes of a shape, or of all elements of a tuple of shapes."""
+    total = 0
+    for dtype, dims in re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", shape):
+        bits = 8 if dtype == "pred" else int((re.match(r"[a-z]+(\d+)", dtype) or [0, 0])[1])
+        total += -(-math.prod(int(d) for d in dims.split(",") if d) * bits // 8)
+    return total
+
+
+def _groups(rest: str, devices: int) -> list[list[int]]:
+    """The replica groups, from any of the forms that XLA writes; all devices where none are written."""
+    import numpy as np
+
+    # [groups, size]<=[dims]T(permutation)
+    if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, dims = _ints(m[1]), _ints(m[2])
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids.transpose(_ints(m[3])) if m[3] else ids).reshape(shape).tolist()
+    # mesh['a'=4,'b'=2] {'b'}
+    if m := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+        names = dict((k, int(v)) for k, v in re.findall(r"'([^']+)'=(\d+)", m[1]))
+        return _groups_over(re.findall(r"'([^']+)'", m[2]), names)
+    if m := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
+        return [_ints(g) for g in re.findall(r"\{([\d,]+)\}", m[1])]
+    return [list(range(devices))]
+
+
+def _groups_over(axes, sizes: Mapping[str, int]) -> list[list[int]]:
+    """The groups of devices (by position in the mesh) that differ along `axes` alone."""
+    import numpy as np
+
+    names = list(sizes)
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    order = [i for i, n in enumerate(names) if n not in axes] + [names.index(a) for a in axes]
+    return ids.transpose(order).reshape(-1, math.prod(sizes[a] for a in axes)).tolist()
+
+
+def _axes_of(groups: list[list[int]], sizes: Mapping[str, int]) -> tuple[str, ...] | None:
+    wanted = {frozenset(g) for g in groups}
+    for axes in _subsets([a for a, n in sizes.items() if n > 1]):
+        if {frozenset(g) for g in _groups_over(axes, sizes)} == wanted:
+            return axes
+    return None
+
+
+def _subsets(axes: list[str]) -> Iterator[tuple[str, ...]]:
+    return itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1))
+
+
+def _pairs(rest: str) -> list[list[int]]:
+    m = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", rest)
+    return [_ints(p) for p in re.findall(r"\{([\d,]+)\}", m[1])] if m else []
+
+
+def _moved_axes(pairs: list[list[int]], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which any pair of source and target differ."""
+    import numpy as np
+
+    moved = set()
+    for source, target in pairs:
+        at = [np.unravel_index(i, tuple(sizes.values())) for i in (source, target)]
+        moved |= {axis for axis, a, b in zip(sizes, *at, strict=True) if a != b}
+    return tuple(a for a in sizes if a in moved)
+
+
+def _ints(text: str) -> list[int]:
+    return [int(i) for i in text.split(",") if i]

@@ -1,0 +1,280 @@
+"""`explain`: where every parameter lies, what a device holds, and what a step sends.
+
+The notation is that of "How to Scale Your Model" (Austin et al. 2025, ch. 3): `[L, D_fsdp, H_tensor, K]` is a tensor
+whose dimension D lies on mesh axis fsdp, and H on tensor.
+
+The collectives derive from the rules alone, so that they can be read before anything runs:
+
+- A parameter's mesh axis that the activation rules give the same logical axis *stays*: the product is computed in
+  shards (tensor parallelism). Any other is *gathered* before use, in the forward and again in the backward pass (FSDP);
+  a table that is only looked up is not needed backward.
+- A gradient is summed over the axes of the batch: a reduce-scatter over those that the parameter is gathered over, an
+  all-reduce over the rest.
+- A kernel that sums over a dimension which stays ([H_tensor, K, D]: heads come before embed) leaves partial sums: an
+  all-reduce of the activation [B, T, D] in the forward pass. One that spreads ([D, H_tensor, K]) does so in the
+  backward pass, once for all kernels that read the same input.
+
+Left out: sums of scalars and the softmax over a sharded vocabulary, a few bytes a token.
+Pass a compiled step to see what the compiler made of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpar.parallel.collectives import Collective, count
+from jaxpar.parallel.mesh import mesh_sizes, product
+from jaxpar.parallel.rules import Rules, itemsize, named
+
+Tree = Any
+LETTERS = {
+    "layers": "L",
+    "embed": "D",
+    "heads": "H",
+    "kv_heads": "G",
+    "head_size": "K",
+    "mlp": "F",
+    "vocabulary": "V",
+    "batch": "B",
+    "length": "T",
+}
+SHORT = {"all-gather": "AG", "reduce-scatter": "RS", "all-reduce": "AR"}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Attributes: `text`, a table for people; `record`, the same as JSON-able dicts and lists, in bytes."""
+
+    text: str
+    record: dict
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def notation(axes, rules: Rules, sizes: dict[str, int], shape=None, kind="params") -> str:
+    """`[L, D_fsdp, H_tensor, K]`. Axes of size 1 are left out; a dimension without a name shows its size."""
+    parts = []
+    for i, axis in enumerate(axes):
+        letter = LETTERS.get(axis, axis if shape is None or axis not in (None, "norm") else str(shape[i]))
+        on = [a for a in rules.mesh_axes(axis, kind) if sizes[a] > 1]
+        parts.append(letter if not on else f"{letter}_{on[0]}" if len(on) == 1 else f"{letter}_{{{','.join(on)}}}")
+    return f"[{', '.join(parts)}]"
+
+
+def local_bytes(leaf, rules: Rules, sizes: dict[str, int]) -> int:
+    """Bytes of one tensor on one device."""
+    shards = math.prod(sizes[a] for axis in leaf.axes for a in rules.mesh_axes(axis))
+    return math.prod(leaf.shape) * itemsize(leaf.dtype) // shards
+
+
+def explain(
+    specs: Tree,
+    mesh: Any,
+    rules: Rules,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    compute_dtype: str = "float32",
+    optimiser: Tree | None = None,
+    compiled: Any = None,
+) -> Explanation:
+    """Explain a layout. No device is needed; check it first with `jaxpar.parallel.rules.check`.
+
+    Args:
+      specs: the parameters' specs (`.shape`, `.axes`, `.dtype`).
+      mesh: a Mesh, a MeshConfig, or a mapping `{axis: size}`.
+      rows, length: the global batch, in rows and tokens; without them activation collectives are left out.
+      compute_dtype: the dtype in which weights are gathered and gradients summed.
+      optimiser: the specs of the optimiser's state. None: two float32 moments for each parameter (AdamW).
+      compiled: a compiled step (`jit(f).lower(...).compile()`) or its text: its collectives are counted.
+    """
+    sizes = mesh_sizes(mesh)
+    leaves = list(named(specs))
+    tied = not any(leaf.axes == ("embed", "vocabulary") for _, leaf in leaves)
+    by_name = {name: weight_collectives(name, leaf, rules, sizes, compute_dtype, tied) for name, leaf in leaves}
+    activations = []
+    if rows is not None and length is not None:
+        activations = activation_collectives(leaves, rules, sizes, rows, length, compute_dtype, tied)
+    params = sum(local_bytes(leaf, rules, sizes) for _, leaf in leaves)
+    moments = 2 * sum(local_bytes(leaf, rules, sizes) // itemsize(leaf.dtype) * 4 for _, leaf in leaves)
+    if optimiser is not None:
+        moments = sum(local_bytes(leaf, rules, sizes) for _, leaf in named(optimiser))
+    record = {
+        "mesh": sizes,
+        "parameters": [_row(name, leaf, rules, sizes, by_name[name]) for name, leaf in leaves],
+        "activations": [c.record() for c in activations],
+        "bytes_per_device": {"parameters": params, "gradients": params, "optimiser": moments},
+        "sent_bytes_per_step": sum(c.sent * c.times for c in itertools.chain(activations, *by_name.values())),
+        "compiled": None,
+    }
+    text = _table(leaves, record, by_name) + "\n\n" + _totals(leaves, record, sizes, activations)
+    if compiled is not None:
+        counted = count(compiled if isinstance(compiled, str) else compiled.as_text(), sizes)
+        record["compiled"] = {
+            "collectives": [c.record() for c in counted.collectives],
+            "unknown_loops": counted.unknown_loops,
+            "branches": counted.branches,
+        }
+        text += "\n\n" + _compiled(counted)
+    return Explanation(text, record)
+
+
+def weight_collectives(name: str, leaf, rules: Rules, sizes, dtype: str, tied: bool) -> list[Collective]:
+    """What one parameter costs a step: gathers forward and backward, and the sum of its gradient over the batch."""
+    stacked = bool(leaf.axes) and leaf.axes[0] == "layers"
+    times = leaf.shape[0] if stacked else 1
+    element = itemsize(dtype) if len(leaf.shape) - stacked > 1 else itemsize(leaf.dtype)
+    gathered, stay = _split(leaf, rules, sizes)
+    batch = _batch_axes(rules, sizes)
+    whole = math.prod(leaf.shape[stacked:]) * element // math.prod(sizes[a] for a in stay)
+    part = whole // math.prod(sizes[a] for a in gathered)
+    scatter = tuple(a for a in gathered if a in batch)
+    reduce = tuple(a for a in batch if a not in gathered and a not in stay)
+
+    def one(op, axes, nbytes, n):
+        return Collective(op, axes, math.prod(sizes[a] for a in axes), nbytes, n, name)
+
+    found = []
+    if gathered:
+        looked_up = leaf.axes in (("vocabulary", "embed"), (None, "embed")) and not (tied and leaf.axes[0])
+        found.append(one("all-gather", gathered, whole, times if looked_up else 2 * times))
+    if scatter:
+        found.append(one("reduce-scatter", scatter, whole, times))
+    if reduce:
+        found.append(one("all-reduce", reduce, part, times))
+    return found
+
+
+def activation_collectives(leaves: list, rules: Rules, sizes, rows, length, dtype, tied: bool) -> list[Collective]:
+    """All-reduces of [B, T, D] around kernels with a dimension that stays sharded, forward and backward."""
+    found: dict[tuple, Collective] = {}
+    for name, leaf in leaves:
+        _, stay = _split(leaf, rules, sizes)
+        if not stay or "embed" not in leaf.axes:
+            continue
+        stacked = leaf.axes[0] == "layers"
+        width = leaf.axes.index("embed")
+        first = min(i for i, axis in enumerate(leaf.axes) if set(rules.mesh_axes(axis)) & set(stay))
+        tokens = rows * length // math.prod(sizes[a] for a in _batch_axes(rules, sizes))
+        nbytes = tokens * leaf.shape[width] * itemsize(dtype)
+        group = math.prod(sizes[a] for a in stay)
+        # Kernels side by side (query, key, value) read one input: their gradients are added up before they are summed.
+        module = "/".join(name.split("/")[:-2]) or name
+        passes = [("forward", name)] if first < width else [("backward", module)]
+        if tied and "vocabulary" in leaf.axes and first < width:
+            passes.append(("backward", f"{name} as the output projection"))
+        for which, where in passes:
+            key = (which, where, stay)
+            times = leaf.shape[0] if stacked else 1
+            found[key] = Collective("all-reduce", stay, group, nbytes, times, f"{which} {where}")
+    return list(found.values())
+
+
+def _split(leaf, rules: Rules, sizes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A parameter's mesh axes of more than one device: those it is gathered over before use, and those that stay."""
+    activations = dict(rules.activations)
+    gathered, stay = [], []
+    for axis in leaf.axes:
+        for a in rules.mesh_axes(axis):
+            if sizes[a] > 1:
+                (stay if a in activations.get(axis, ()) else gathered).append(a)
+    return tuple(gathered), tuple(stay)
+
+
+def _batch_axes(rules: Rules, sizes) -> tuple[str, ...]:
+    rows = rules.mesh_axes("batch", "activations") + rules.mesh_axes("length", "activations")
+    return tuple(a for a in rows if sizes[a] > 1)
+
+
+def _row(name, leaf, rules, sizes, collectives) -> dict:
+    return {
+        "name": name,
+        "shape": list(leaf.shape),
+        "axes": list(leaf.axes),
+        "spec": [list(rules.mesh_axes(axis)) for axis in leaf.axes],
+        "notation": name.split("/")[-1] + notation(leaf.axes, rules, sizes, leaf.shape),
+        "bytes_per_device": local_bytes(leaf, rules, sizes),
+        "collectives": [c.record() for c in collectives],
+    }
+
+
+def _table(leaves, record, by_name) -> str:
+    head = ("parameter", "logical axes", "PartitionSpec", "a device", "collectives a step")
+    rows = []
+    for (name, _), row in zip(leaves, record["parameters"], strict=True):
+        spec = ", ".join("+".join(axes) or "-" for axes in row["spec"])
+        costs = ", ".join(f"{c.times} {SHORT[c.op]}({'+'.join(c.axes)})" for c in by_name[name])
+        axes = row["notation"][row["notation"].index("[") :]
+        rows.append((name, axes, f"P({spec})", size(row["bytes_per_device"]), costs or "-"))
+    return table(head, rows, right=(3,))
+
+
+def _totals(leaves, record, sizes, activations) -> str:
+    letters = {
+        LETTERS[a]: (a, n) for _, leaf in leaves for a, n in zip(leaf.axes, leaf.shape, strict=True) if a in LETTERS
+    }
+    legend = ", ".join(f"{letter} {axis} = {n}" for letter, (axis, n) in letters.items())
+    held = record["bytes_per_device"]
+    devices = math.prod(sizes.values())
+    lines = [
+        legend,
+        "AG all-gather, RS reduce-scatter, AR all-reduce, and the mesh axes they run over.",
+        f"mesh: {product(sizes)} = {devices} device{'s' if devices > 1 else ''}",
+        f"each device holds: parameters {size(held['parameters'])}, gradients {size(held['gradients'])}, "
+        f"optimiser {size(held['optimiser'])}, together {size(sum(held.values()))}",
+    ]
+    if activations:
+        rows = [(c.where, str(c.times), size(c.nbytes), "+".join(c.axes), size(c.sent * c.times)) for c in activations]
+        lines += ["", table(("all-reduce of activations", "a step", "each", "over", "sent"), rows, right=(1, 2, 4))]
+    lines.append(f"each device sends {size(record['sent_bytes_per_step'])} a step (ring algorithms)")
+    return "\n".join(lines)
+
+
+def _compiled(counted) -> str:
+    groups: dict[tuple, list[Collective]] = {}
+    for c in counted.collectives:
+        groups.setdefault((c.op, c.axes), []).append(c)
+    rows = [
+        (
+            op,
+            "mixed" if axes is None else "+".join(axes) or "-",
+            str(len(found)),
+            str(sum(c.times for c in found)),
+            size(sum(c.nbytes * c.times for c in found)),
+            size(sum(c.sent * c.times for c in found)),
+        )
+        for (op, axes), found in sorted(groups.items(), key=lambda item: str(item[0]))
+    ]
+    text = table(
+        ("compiled collective", "over", "in the program", "a step", "payload", "sent"), rows, right=(2, 3, 4, 5)
+    )
+    if counted.unknown_loops:
+        text += f"\n{counted.unknown_loops} loop(s) of unknown length were counted as one pass"
+    if counted.branches:
+        text += f"\n{counted.branches} branches of conditionals were counted as if each always ran"
+    return text
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> str:
+    """Aligned columns with a ruled head; the columns in `right` are flush right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(row):
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return " | ".join(cells).rstrip()
+
+    return "\n".join([line(head), "-+-".join("-" * w for w in widths), *map(line, rows)])
+
+
+def size(nbytes: int) -> str:
+    """`1.5 MiB`."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
