@@ -88,5 +88,5 @@ def dropout(cfg, ctx: Context, x_BxTxD, layer, site: int):
         return x_BxTxD
     key = jax.random.fold_in(jax.random.fold_in(ctx.key, layer), site)
     keep = 1.0 - cfg.dropout
-    draw = lambda sample: jax.random.bernoulli(jax.random.fold_in(key, sample), keep, x_BxTxD.shape[1:])  # noqa: E731
+    draw = lambda sample: jax.random.bernoulli(jax.random.fold_in(key, sample), keep, x_BxTxD.shape[1:])
     return jnp.where(jax.vmap(draw)(ctx.sample_ids), x_BxTxD / keep, 0).astype(x_BxTxD.dtype)

@@ -57,7 +57,7 @@ class LayerNorm:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        row = lambda p: p.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + p.shape)  # noqa: E731
+        row = lambda p: p.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + p.shape)
         y = y * row(params["scale"])
         if self.bias:
             y = y + row(params["bias"])

@@ -110,7 +110,7 @@ def test_a_stack_in_slices_equals_the_whole(name):
     params, tokens, ctx = params_of(cfg), tokens_of(cfg), Context()
     state = decoder.embed(cfg, params, tokens, ctx)
     whole, _ = decoder.blocks(cfg, params["layers"], state, ctx)
-    slice_of = lambda a, b: jax.tree.map(lambda p: p[a:b], params["layers"])  # noqa: E731
+    slice_of = lambda a, b: jax.tree.map(lambda p: p[a:b], params["layers"])
     half, _ = decoder.blocks(cfg, slice_of(0, 1), state, ctx)
     static, _ = decoder.blocks(cfg, slice_of(1, 3), half, ctx, first_layer=1)
     traced, _ = jax.jit(lambda i: decoder.blocks(cfg, slice_of(1, 3), half, ctx, first_layer=i))(1)
@@ -125,7 +125,7 @@ def test_loops_and_remat_policies_are_the_same_function(cfg):
     targets = jnp.roll(tokens, -1, axis=1)
 
     def grads(cfg):
-        f = lambda p: decoder.loss(cfg, p, tokens, targets).loss_sum  # noqa: E731
+        f = lambda p: decoder.loss(cfg, p, tokens, targets).loss_sum
         return jax.jit(jax.value_and_grad(f))(params)
 
     params = params_of(cfg)
@@ -159,11 +159,7 @@ def test_dropout_belongs_to_the_sample_and_the_layer():
     """Rows in another order, or alone, drop the same elements; evaluation drops none."""
     cfg = BASE.replace(dropout=0.3)
     params, tokens, key = params_of(cfg), tokens_of(cfg, rows=4), jax.random.key(9)
-    run = lambda rows: (
-        decoder.apply(  # noqa: E731
-            cfg, params, tokens[rows], Context(key=key, sample_ids=100 + rows)
-        ).logits
-    )
+    run = lambda rows: decoder.apply(cfg, params, tokens[rows], Context(key=key, sample_ids=100 + rows)).logits
     all_rows = run(jnp.arange(4))
     np.testing.assert_allclose(run(jnp.array([2, 0])), all_rows[jnp.array([2, 0])], atol=1e-5)
     assert not np.allclose(all_rows, decoder.apply(cfg, params, tokens).logits, atol=1e-2)
