@@ -32,7 +32,7 @@ def _linear(cfg, inputs: int, outputs: int, axes: tuple[str, str], std: float, b
 
 def _apply(ops, params: dict, x):
     y = ops.matmul(x, params["kernel"])
-    return y + params["bias"].astype(y.dtype) if "bias" in params else y
+    return y + params["bias"].astype(y.dtype)[None, None] if "bias" in params else y
 
 
 @dataclass(frozen=True)
