@@ -1,0 +1,7 @@
+"""Attention: one public function, several implementations, and the mask as data."""
+
+from jaxpar.pallas_kernels.attention.api import IMPLEMENTATIONS, attention
+from jaxpar.pallas_kernels.attention.mask import MaskSpec
+from jaxpar.pallas_kernels.attention.reference import attention_reference
+
+__all__ = ["IMPLEMENTATIONS", "MaskSpec", "attention", "attention_reference"]
