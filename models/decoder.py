@@ -87,11 +87,15 @@ def embed(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context):
     """Token (and learned position) embeddings -> the residual operator's state at the first layer."""
     chex.assert_rank(tokens_BxT, 2)
     dtype = jnp.dtype(cfg.dtype)
-    x_BxTxD = params["embedding"]["tokens"][tokens_BxT].astype(dtype)
+    # Spread as an activation before the lookup: with its width still sharded, XLA's partitioner gives up on resharding
+    # what was looked up, and replicates it ("involuntary full rematerialization").
+    table_VxD = ctx.ops.constrain(params["embedding"]["tokens"], ("vocabulary", "embed"))
+    x_BxTxD = table_VxD[tokens_BxT].astype(dtype)
     if cfg.embedding_scale is not None:
         x_BxTxD = x_BxTxD * jnp.asarray(cfg.embedding_scale, dtype)
     if "positions" in params["embedding"]:
-        x_BxTxD = x_BxTxD + params["embedding"]["positions"][ctx.positions_of(tokens_BxT.shape)].astype(dtype)
+        table_PxD = ctx.ops.constrain(params["embedding"]["positions"], (None, "embed"))
+        x_BxTxD = x_BxTxD + table_PxD[ctx.positions_of(tokens_BxT.shape)].astype(dtype)
     x_BxTxD = ctx.ops.constrain(x_BxTxD, ("batch", "length", "embed"))
     x_BxTxD = dropout(cfg, ctx, x_BxTxD, layer=0, site=0)
     return cfg.residual.init(cfg, x_BxTxD)
