@@ -20,18 +20,21 @@ SLIDING = LLAMA.replace(window=6, window_pattern=(True, False))
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [58]]
 
 
+init = jax.jit(decoder.init, static_argnums=0)
+full_forward = jax.jit(lambda cfg, params, t: decoder.apply(cfg, params, t).logits, static_argnums=0)
+
+
 def greedy_by_full_forward(cfg, params, prompt, n):
-    apply = jax.jit(lambda t: decoder.apply(cfg, params, t).logits)
     row = list(prompt)
     for _ in range(n):
         padded = jnp.asarray([row + [0] * (48 - len(row))])
-        row.append(int(apply(padded)[0, len(row) - 1].argmax()))
+        row.append(int(full_forward(cfg, params, padded)[0, len(row) - 1].argmax()))
     return row[len(prompt) :]
 
 
 @pytest.mark.parametrize("cfg", [LLAMA, GPT2, SLIDING], ids=["llama", "gpt2", "sliding"])
 def test_greedy_equals_the_full_forward_pass_token_by_token(cfg):
-    params = decoder.init(cfg, jax.random.key(0))
+    params = init(cfg, jax.random.key(0))
     found = generation.generate(cfg, params, PROMPTS, new_tokens=20)
     assert found == [greedy_by_full_forward(cfg, params, p, 20) for p in PROMPTS]
     assert len({tuple(row) for row in found}) == 3
@@ -39,7 +42,7 @@ def test_greedy_equals_the_full_forward_pass_token_by_token(cfg):
 
 @pytest.mark.quick
 def test_stop_tokens_end_their_row_only():
-    params = decoder.init(LLAMA, jax.random.key(0))
+    params = init(LLAMA, jax.random.key(0))
     free = generation.generate(LLAMA, params, PROMPTS, new_tokens=20)
     stop = free[0][4]
     found = generation.generate(LLAMA, params, PROMPTS, new_tokens=20, stop=[stop])
@@ -50,8 +53,8 @@ def test_stop_tokens_end_their_row_only():
 
 
 def test_one_compile_for_all_lengths_within_a_bucket():
-    params = decoder.init(LLAMA, jax.random.key(0))
-    sizes = lambda: generation._run._cache_size()  # noqa: E731
+    params = init(LLAMA, jax.random.key(0))
+    sizes = lambda: generation._run._cache_size()
     generation.generate(LLAMA, params, [[1, 2, 3]], new_tokens=5, stop=[7])
     before = sizes()
     for length, new in [(1, 9), (17, 2), (32, 31)]:
@@ -62,9 +65,9 @@ def test_one_compile_for_all_lengths_within_a_bucket():
 
 
 def test_a_row_draws_the_same_whatever_else_is_in_the_batch():
-    params = decoder.init(LLAMA, jax.random.key(0))
+    params = init(LLAMA, jax.random.key(0))
     sampler = Sampler(temperature=1.0, top_p=0.9)
-    run = lambda prompts, seed: generation.generate(  # noqa: E731
+    run = lambda prompts, seed: generation.generate(
         LLAMA, params, prompts, new_tokens=12, sampler=sampler, key=jax.random.key(seed)
     )
     together = run(PROMPTS, 1)
@@ -74,7 +77,7 @@ def test_a_row_draws_the_same_whatever_else_is_in_the_batch():
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen():
-    params = decoder.init(LLAMA, jax.random.key(0))
+    params = init(LLAMA, jax.random.key(0))
     rows = generation.generate(
         LLAMA, params, PROMPTS, new_tokens=30, sampler=Sampler(temperature=5.0), vocabulary=10, key=jax.random.key(3)
     )

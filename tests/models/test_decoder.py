@@ -14,7 +14,7 @@ from jaxpar.models.feedforward.dense import MLP
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, Llama3Scaling, NoPositions, Rope, YarnScaling
 
-BASE = ModelConfig(vocabulary=61, layers=3, width=32, heads=4, kv_heads=2, hidden=48, context=64, init_std=0.2)
+BASE = ModelConfig(vocabulary=61, layers=2, width=32, heads=4, kv_heads=2, hidden=48, context=64, init_std=0.2)
 SHAPES = {
     "llama": BASE,
     "gpt2": BASE.replace(
@@ -36,11 +36,15 @@ SHAPES = {
     ),
     "nope": BASE.replace(positions=NoPositions(), window=7),
 }
+# Eager JAX compiles each operation alone; whole functions compile faster.
+apply = jax.jit(decoder.apply, static_argnums=0)
+embed = jax.jit(decoder.embed, static_argnums=0)
+init = jax.jit(decoder.init, static_argnums=0)
 each_shape = pytest.mark.parametrize("cfg", SHAPES.values(), ids=SHAPES)
 
 
 def params_of(cfg, seed=0):
-    return decoder.init(cfg, jax.random.key(seed))
+    return init(cfg, jax.random.key(seed))
 
 
 def tokens_of(cfg, rows=2, length=12, seed=1):
@@ -53,7 +57,7 @@ def test_causality_by_gradients(cfg):
     """The logits at t have a gradient with respect to inputs up to t, and exactly none after it."""
     params, tokens = params_of(cfg), tokens_of(cfg, rows=1, length=10)
     ctx = Context()
-    state = decoder.embed(cfg, params, tokens, ctx)
+    state = embed(cfg, params, tokens, ctx)
 
     def at(state, t):
         state, _ = decoder.blocks(cfg, params["layers"], state, ctx)
@@ -76,9 +80,9 @@ def test_packed_documents_equal_documents_alone(cfg):
     row = jnp.concatenate([a, b, jnp.zeros((1, 3), jnp.int32)], axis=1)
     segments = jnp.array([[1] * 5 + [2] * 8 + [0] * 3])
     positions = jnp.array([[*range(5), *range(8), 0, 0, 0]])
-    packed = decoder.apply(cfg, params, row, Context(positions, segments)).logits
-    np.testing.assert_allclose(packed[:, :5], decoder.apply(cfg, params, a).logits, atol=2e-5)
-    np.testing.assert_allclose(packed[:, 5:13], decoder.apply(cfg, params, b).logits, atol=2e-5)
+    packed = apply(cfg, params, row, Context(positions, segments)).logits
+    np.testing.assert_allclose(packed[:, :5], apply(cfg, params, a).logits, atol=2e-5)
+    np.testing.assert_allclose(packed[:, 5:13], apply(cfg, params, b).logits, atol=2e-5)
     assert np.isfinite(packed).all()
 
 
@@ -86,7 +90,7 @@ def test_packed_documents_equal_documents_alone(cfg):
 def test_cached_decode_equals_the_full_forward_pass(cfg):
     """Ragged rows, prefilled in unequal chunks and then token by token."""
     params, tokens = params_of(cfg), tokens_of(cfg, rows=3, length=14)
-    full = decoder.apply(cfg, params, tokens).logits
+    full = apply(cfg, params, tokens).logits
     forward = jax.jit(lambda tokens, cache, counts: decoder.forward(cfg, params, tokens, cache, counts))
     cache = kv.empty(cfg, rows=3, capacity=24)
     done = np.zeros(3, int)
@@ -108,19 +112,22 @@ def test_a_stack_in_slices_equals_the_whole(name):
     """The seam of pipelines and early exits: `blocks` on slices, with a static and with a traced first layer."""
     cfg = SHAPES[name]
     params, tokens, ctx = params_of(cfg), tokens_of(cfg), Context()
-    state = decoder.embed(cfg, params, tokens, ctx)
-    whole, _ = decoder.blocks(cfg, params["layers"], state, ctx)
+    state = embed(cfg, params, tokens, ctx)
+    blocks = jax.jit(decoder.blocks, static_argnums=(0, 4))
+    whole, _ = blocks(cfg, params["layers"], state, ctx)
     slice_of = lambda a, b: jax.tree.map(lambda p: p[a:b], params["layers"])
-    half, _ = decoder.blocks(cfg, slice_of(0, 1), state, ctx)
-    static, _ = decoder.blocks(cfg, slice_of(1, 3), half, ctx, first_layer=1)
-    traced, _ = jax.jit(lambda i: decoder.blocks(cfg, slice_of(1, 3), half, ctx, first_layer=i))(1)
+    half, _ = blocks(cfg, slice_of(0, 1), state, ctx)
+    static, _ = blocks(cfg, slice_of(1, 2), half, ctx, 1)
+    traced, _ = jax.jit(lambda i: decoder.blocks(cfg, slice_of(1, 2), half, ctx, first_layer=i))(1)
     np.testing.assert_allclose(static, whole, atol=1e-5)
     np.testing.assert_allclose(traced, whole, atol=1e-5)
-    np.testing.assert_allclose(decoder.head(cfg, params, whole, ctx), decoder.apply(cfg, params, tokens).logits)
+    head = jax.jit(decoder.head, static_argnums=0)
+    np.testing.assert_allclose(head(cfg, params, whole, ctx), apply(cfg, params, tokens).logits, atol=1e-5)
 
 
-@each_shape
-def test_loops_and_remat_policies_are_the_same_function(cfg):
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_loops_and_remat_policies_are_the_same_function(name):
+    cfg = SHAPES[name]
     tokens = tokens_of(cfg)
     targets = jnp.roll(tokens, -1, axis=1)
 
@@ -148,8 +155,8 @@ def test_loss_is_the_weighted_sum_of_log_probabilities():
     cfg = SHAPES["gemma3"]
     params, tokens = params_of(cfg), tokens_of(cfg)
     targets, weights = jnp.roll(tokens, -1, 1), jax.random.uniform(jax.random.key(5), tokens.shape)
-    sums = decoder.loss(cfg, params, tokens, targets, weights)
-    logp = jax.nn.log_softmax(decoder.apply(cfg, params, tokens).logits)
+    sums = jax.jit(decoder.loss, static_argnums=0)(cfg, params, tokens, targets, weights)
+    logp = jax.nn.log_softmax(apply(cfg, params, tokens).logits)
     expected = -(jnp.take_along_axis(logp, targets[..., None], -1)[..., 0] * weights).sum()
     np.testing.assert_allclose(sums.loss_sum, expected, rtol=1e-5)
     np.testing.assert_allclose(sums.weight_sum, weights.sum(), rtol=1e-6)
@@ -159,20 +166,20 @@ def test_dropout_belongs_to_the_sample_and_the_layer():
     """Rows in another order, or alone, drop the same elements; evaluation drops none."""
     cfg = BASE.replace(dropout=0.3)
     params, tokens, key = params_of(cfg), tokens_of(cfg, rows=4), jax.random.key(9)
-    run = lambda rows: decoder.apply(cfg, params, tokens[rows], Context(key=key, sample_ids=100 + rows)).logits
+    run = lambda rows: apply(cfg, params, tokens[rows], Context(key=key, sample_ids=100 + rows)).logits
     all_rows = run(jnp.arange(4))
     np.testing.assert_allclose(run(jnp.array([2, 0])), all_rows[jnp.array([2, 0])], atol=1e-5)
-    assert not np.allclose(all_rows, decoder.apply(cfg, params, tokens).logits, atol=1e-2)
-    same = decoder.apply(cfg.replace(dropout=0.0), params, tokens).logits
-    np.testing.assert_array_equal(decoder.apply(cfg, params, tokens).logits, same)
+    assert not np.allclose(all_rows, apply(cfg, params, tokens).logits, atol=1e-2)
+    same = apply(cfg.replace(dropout=0.0), params, tokens).logits
+    np.testing.assert_array_equal(apply(cfg, params, tokens).logits, same)
 
 
 @pytest.mark.quick
 def test_a_layer_is_the_same_whatever_stands_around_it():
-    deep, shallow = params_of(BASE.replace(layers=5)), params_of(BASE.replace(layers=3))
+    deep, shallow = params_of(BASE.replace(layers=3)), params_of(BASE)
     # The projections back to the stream are scaled by 1/sqrt(2·layers): compare one that is not.
     a, b = (p["layers"]["attention"]["query"]["kernel"] for p in (deep, shallow))
-    np.testing.assert_array_equal(a[:3], b)
+    np.testing.assert_array_equal(a[:2], b)
     assert not np.array_equal(a[0], a[1])
     untied = params_of(BASE.replace(tied_embeddings=False))
     np.testing.assert_array_equal(untied["embedding"]["tokens"], shallow["embedding"]["tokens"])
@@ -197,8 +204,8 @@ def test_bfloat16_compute_is_close_and_keeps_float32_parameters(cfg):
     cfg16 = cfg.replace(dtype="bfloat16")
     params, tokens = params_of(cfg16), tokens_of(cfg)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits = decoder.apply(cfg16, params, tokens).logits
-    expected = decoder.apply(cfg, params, tokens).logits
+    logits = apply(cfg16, params, tokens).logits
+    expected = apply(cfg, params, tokens).logits
     assert logits.dtype == jnp.float32
     error = jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)
     assert 0 < error < 0.05
