@@ -12,7 +12,7 @@ The collectives derive from the rules alone, so that they can be read before any
   all-reduce over the rest.
 - A kernel that sums over a dimension which stays ([H_tensor, K, D]: heads come before embed) leaves partial sums: an
   all-reduce of the activation [B, T, D] in the forward pass. One that spreads ([D, H_tensor, K]) does so in the
-  backward pass, once for all kernels that read the same input.
+  backward pass, once for all kernels that read the same input (XLA:CPU does not merge these: one for each kernel).
 
 Left out: sums of scalars and the softmax over a sharded vocabulary, a few bytes a token.
 Pass a compiled step to see what the compiler made of it.

@@ -129,7 +129,7 @@ def factorisations(n: int, parts: int) -> Iterable[tuple[int, ...]]:
 
 def product(sizes: Mapping[str, Size]) -> str:
     """`data(2) × tensor(4)`, as it stands in messages."""
-    return " × ".join(f"{axis}({size})" for axis, size in sizes.items())  # noqa: RUF001
+    return " × ".join(f"{axis}({size})" for axis, size in sizes.items())
 
 
 def mesh_sizes(mesh: Any) -> dict[str, int]:
@@ -176,7 +176,7 @@ def over_slices(sizes: Mapping[str, int], slices: int) -> tuple[int, ...]:
         left //= n
     if left > 1:
         raise ValueError(
-            f"mesh {product(sizes)} cannot be laid over {slices} slices: data × fsdp must be a multiple of "  # noqa: RUF001
+            f"mesh {product(sizes)} cannot be laid over {slices} slices: data × fsdp must be a multiple of "
             f"{slices}, because tensor collectives are too frequent for the network between slices"
         )
     return tuple(across)
