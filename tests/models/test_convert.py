@@ -1,0 +1,439 @@
+"""Tables, options, files: what is refused and how, and that nothing is half written. Needs no transformers."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from jaxpar.models import convert, decoder, hf_folder
+from jaxpar.models.config import ModelConfig
+from jaxpar.models.families import FAMILIES
+from jaxpar.models.families.table import meaning
+from jaxpar.models.feedforward.dense import MLP, GatedMLP
+from jaxpar.models.norms import LayerNorm, RMSNorm
+from jaxpar.models.positions import FactorScaling, Learned, LinearScaling, Llama3Scaling, NoPositions, Rope, YarnScaling
+from jaxpar.models.spec import abstract, flatten
+
+BY_NAME = {family.name: family for family in FAMILIES}
+SMALL = {"vocabulary": 31, "layers": 3, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "context": 32}
+GEMMA = {
+    "norm": RMSNorm(1e-6, unit_offset=True),
+    "norm_placement": "pre_post",
+    "qk_norm": True,
+    "feedforward": GatedMLP("gelu_tanh"),
+    "embedding_scale": 4.0,
+    "window": 8,
+    "window_pattern": (True, True, False),
+    "positions": Rope(1e6, LinearScaling(8.0), local_base=1e4),
+    "attention_scale": 256**-0.5,
+}
+GPT2 = {
+    "kv_heads": 4,
+    "norm": LayerNorm(),
+    "positions": Learned(),
+    "feedforward": MLP(),
+    "qkv_bias": True,
+    "attention_out_bias": True,
+}
+EXAMPLES = {
+    "llama": ModelConfig(**SMALL, tied_embeddings=False),
+    "mistral": ModelConfig(**SMALL, window=8),
+    "qwen2": ModelConfig(**SMALL, qkv_bias=True, window=8, window_pattern=(False, True, True)),
+    "qwen3": ModelConfig(**SMALL, qk_norm=True, head_size=8),
+    "gemma3_text": ModelConfig(**{**SMALL, **GEMMA}),
+    "gpt2": ModelConfig(**{**SMALL, **GPT2}),
+}
+
+
+def params_of(cfg: ModelConfig, seed: int = 0):
+    """Random parameters in the shapes of the configuration."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), abstract(decoder.spec(cfg)))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_family_holds_its_example(name, tmp_path):
+    cfg, params = EXAMPLES[name], params_of(EXAMPLES[name])
+    assert convert.family_of(cfg).name == name
+    folder = convert.save_hf(cfg, params, tmp_path / "model", shard_bytes=4_000)
+    again, read = convert.load_hf(folder)
+    assert meaning(again) == meaning(cfg)
+    assert jax.tree.structure(read) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert convert.load_config(folder) == again
+
+
+def test_written_as_bfloat16(tmp_path):
+    cfg, params = EXAMPLES["llama"], params_of(EXAMPLES["llama"])
+    whole = convert.save_hf(cfg, params, tmp_path / "whole")
+    half = convert.save_hf(cfg, params, tmp_path / "half", dtype="bfloat16")
+    assert (half / "model.safetensors").stat().st_size < 0.6 * (whole / "model.safetensors").stat().st_size
+    rounded = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, convert.load_hf(half)[1], rounded)
+
+
+@pytest.mark.parametrize("gguf", [False, True])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_layouts_turn_round(name, gguf):
+    """Every row: its shape there follows from ours, and reading undoes writing."""
+    specs = flatten(decoder.spec(EXAMPLES[name]))
+    for row in BY_NAME[name].table(specs):
+        _, layout = row.column(gguf)
+        shape = specs[row.paths[0]].shape[1:] if row.stacked else specs[row.paths[0]].shape
+        shape = shape if len(row.paths) == 1 else (len(row.paths), *shape)
+        ours = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+        theirs = layout.write(ours)
+        assert theirs.shape == layout.theirs(shape)
+        np.testing.assert_array_equal(layout.read(theirs, shape), ours)
+
+
+def test_interleaved_halves():
+    """ggml turns neighbours, we turn halves: row 2i + j of theirs is row i + half * j of ours."""
+    (row,) = (row for row in BY_NAME["llama"].rows if row.path == "layers/attention/query/kernel")
+    layout = row.column(gguf=True)[1]
+    ours = np.arange(8.0).reshape(1, 1, 8)  # one input, one head of size 8
+    assert layout.write(ours)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+scalings = st.one_of(
+    st.none(),
+    st.builds(LinearScaling, st.floats(1, 16)),
+    st.builds(Llama3Scaling, st.floats(1, 16), st.floats(0.5, 2), st.floats(3, 8), st.integers(8, 64)),
+    st.builds(
+        YarnScaling,
+        st.floats(1, 16),
+        st.integers(8, 64),
+        st.floats(16, 64),
+        st.floats(0.5, 2),
+        st.none() | st.floats(0.5, 2),
+        st.booleans(),
+    ),
+    st.builds(FactorScaling, st.tuples(*[st.floats(1, 16)] * 4), st.floats(0.5, 2)),
+)
+ropes = st.builds(
+    Rope, st.floats(100, 1e6), scalings, st.none() | st.floats(100, 1e6), st.sampled_from([1.0, 1.0, 0.5])
+)
+configs = st.builds(
+    ModelConfig,
+    vocabulary=st.integers(8, 64),
+    layers=st.integers(1, 7),
+    width=st.sampled_from([16, 32]),
+    heads=st.sampled_from([2, 4]),
+    kv_heads=st.sampled_from([None, 1, 2]),
+    head_size=st.just(8),
+    hidden=st.none() | st.integers(1, 64),
+    context=st.integers(8, 128),
+    norm=st.builds(RMSNorm, st.floats(1e-8, 1e-2), st.booleans()) | st.builds(LayerNorm, st.just(1e-5), st.booleans()),
+    norm_placement=st.sampled_from(["pre", "post", "pre_post"]),
+    qk_norm=st.booleans(),
+    positions=ropes | st.just(Learned()) | st.just(NoPositions()),
+    feedforward=st.builds(GatedMLP, st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"]), st.booleans())
+    | st.builds(MLP, st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"]), st.booleans()),
+    qkv_bias=st.booleans(),
+    attention_out_bias=st.booleans(),
+    window=st.none() | st.integers(1, 16),
+    window_pattern=st.lists(st.booleans(), min_size=1, max_size=7).map(tuple),
+    attention_scale=st.none() | st.just(1.0) | st.just(24**-0.5) | st.floats(0.1, 2),
+    attention_cap=st.none() | st.floats(1, 50),
+    logit_cap=st.none() | st.floats(1, 50),
+    tied_embeddings=st.booleans(),
+    embedding_scale=st.none() | st.just(4.0),
+    dropout=st.sampled_from([0.0, 0.1]),
+)
+
+
+def near(cfg: ModelConfig):
+    """Configurations that differ from this one in a few fields: many of them fit its family."""
+    drawn = configs.flatmap(
+        lambda other: st.sets(st.sampled_from([f.name for f in dataclasses.fields(cfg)]), max_size=3).map(
+            lambda names: {name: getattr(other, name) for name in names}
+        )
+    )
+
+    def with_changes(changes):
+        try:
+            return dataclasses.replace(cfg, **changes)
+        except ValueError:
+            return cfg
+
+    return drawn.map(with_changes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(list(EXAMPLES.values())).flatmap(near))
+def test_what_fits_comes_back_and_what_does_not_is_told(cfg):
+    """Any configuration and family: a reason, or a `config.json` that means the same and rows for all parameters."""
+    specs = flatten(decoder.spec(cfg))
+    for family in FAMILIES:
+        reason = family.misfit(cfg)
+        if reason is None:
+            written = json.loads(json.dumps(family.from_config(cfg)))
+            assert meaning(family.to_config(written)) == meaning(cfg)
+            assert {path for row in family.table(specs) for path in row.paths} == set(specs)
+        else:
+            assert len(reason) > 10
+
+
+MISFITS = {
+    "two norms": (EXAMPLES["llama"].replace(norm_placement="post"), "norm_placement is 'post'"),
+    "cap of attention": (EXAMPLES["gemma3_text"].replace(attention_cap=50.0), "attention_cap is 50.0"),
+    "scale that is no root": (EXAMPLES["gemma3_text"].replace(attention_scale=0.3), "attention_scale"),
+    "one bias of two": (EXAMPLES["llama"].replace(attention_out_bias=True), "attention_out_bias is True"),
+    "grouped gpt2": (EXAMPLES["gpt2"].replace(kv_heads=2), "kv_heads is 2"),
+    "no positions": (EXAMPLES["llama"].replace(positions=NoPositions()), "positions is NoPositions"),
+    "part of a head": (EXAMPLES["llama"].replace(positions=Rope(fraction=0.5)), "positions"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_models_that_no_family_holds(name, tmp_path):
+    cfg, expected = MISFITS[name]
+    with pytest.raises(ValueError, match="cannot be written as a Hugging Face model") as e:
+        convert.save_hf(cfg, {}, tmp_path / "model")
+    assert expected in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+LLAMA = BY_NAME["llama"].from_config(EXAMPLES["llama"])
+QWEN2 = BY_NAME["qwen2"].from_config(EXAMPLES["qwen2"])
+GEMMA3 = BY_NAME["gemma3_text"].from_config(EXAMPLES["gemma3_text"])
+REFUSED = {
+    "unknown rope type": ("llama", LLAMA, {"rope_parameters": {"rope_type": "spiral"}}, "'spiral' is unknown"),
+    "dynamic rope": ("llama", LLAMA, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' changes"),
+    "old dynamic rope": ("llama", LLAMA, {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "'dynamic'"),
+    "long and short": (
+        "llama",
+        LLAMA,
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        "short_factor that differs",
+    ),
+    "rope without factor": ("llama", LLAMA, {"rope_parameters": {"rope_type": "llama3"}}, "needs 'factor'"),
+    "rope with more": ("llama", LLAMA, {"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "take 'factor'"),
+    "part of a head": ("llama", LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "rope by kind": (
+        "llama",
+        LLAMA,
+        {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+        "rope_parameters has several",
+    ),
+    "scaled local rope": (
+        "gemma3_text",
+        GEMMA3,
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "sliding_attention layers are scaled",
+    ),
+    "unknown activation": ("llama", LLAMA, {"hidden_act": "mish"}, "hidden_act = 'mish'"),
+    "unknown option": ("llama", LLAMA, {"use_magic": True}, "use_magic = True is not an option"),
+    "quantised": ("llama", LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "missing size": ("llama", LLAMA, {"num_hidden_layers": None}, "no 'num_hidden_layers'"),
+    "text for a number": ("llama", LLAMA, {"hidden_size": "16"}, "hidden_size must be an integer"),
+    "heads that do not divide": ("llama", LLAMA, {"head_dim": None, "hidden_size": 18}, "not divisible"),
+    "groups that do not divide": ("llama", LLAMA, {"num_key_value_heads": 3}, "not divisible by model.kv_heads"),
+    "encoder": ("llama", LLAMA, {"is_encoder_decoder": True}, "is_encoder_decoder = True"),
+    "too few layer types": ("qwen2", QWEN2, {"layer_types": ["full_attention"]}, "1 entries for num_hidden_layers = 3"),
+    "unknown layer type": ("qwen2", QWEN2, {"layer_types": ["conv"] * 3}, "layer_types has 'conv'"),
+    "window that is off": ("qwen2", QWEN2, {"use_sliding_window": False}, "use_sliding_window is false"),
+    "no window": ("qwen2", QWEN2, {"sliding_window": 0}, "window must be at least 1"),
+    "cap of attention": ("gemma3_text", GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    "both directions": ("gemma3_text", GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "scale by layer": (
+        "gpt2",
+        BY_NAME["gpt2"].from_config(EXAMPLES["gpt2"]),
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx",
+    ),
+    "two dropouts": ("gpt2", BY_NAME["gpt2"].from_config(EXAMPLES["gpt2"]), {"embd_pdrop": 0.5}, "embd_pdrop differ"),
+    "unknown family": ("bert", {}, {}, "model_type is 'bert'"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_are_refused(name, tmp_path):
+    kind, whole, changes, expected = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "model_type": kind, **changes}))
+    with pytest.raises(ValueError) as e:  # noqa: PT011
+        convert.load_hf(tmp_path)
+    assert expected in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_options_that_change_nothing(tmp_path):
+    harmless = {"torch_dtype": "bfloat16", "use_cache": True, "pretraining_tp": 1, "_name_or_path": "x", "top_k": 50}
+    folder = convert.save_hf(EXAMPLES["llama"], params_of(EXAMPLES["llama"]), tmp_path / "model")
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**hf, **harmless}))
+    assert convert.load_config(folder) == BY_NAME["llama"].to_config(hf)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return convert.save_hf(EXAMPLES["llama"], params_of(EXAMPLES["llama"]), tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    return convert.save_hf(EXAMPLES["llama"], params_of(EXAMPLES["llama"]), tmp_path / "sharded", shard_bytes=4_000)
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+DAMAGES = {
+    "missing tensor": (lambda t: t.pop(QUERY), f"no tensor '{QUERY}'"),
+    "unknown tensor": (lambda t: t.update(extra=t[QUERY]), "'extra' has no place"),
+    "one layer too many": (
+        lambda t: t.update({"model.layers.3.mlp.up_proj.weight": t[QUERY]}),
+        "'model.layers.3.mlp.up_proj.weight' has no place",
+    ),
+    "other shape": (lambda t: t.update({QUERY: np.zeros((16, 8), np.float32)}), "shape (16, 8), and its configuration"),
+    "integers": (lambda t: t.update({QUERY: np.zeros((16, 16), np.int8)}), "is I8; only"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_tensors_that_do_not_fit(name, folder):
+    change, expected = DAMAGES[name]
+    rewrite(folder, change)
+    with pytest.raises(ValueError) as e:  # noqa: PT011
+        convert.load_hf(folder)
+    assert expected in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_buffers_of_old_files_are_left_out(folder):
+    rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))
+    convert.load_hf(folder)
+
+
+def test_names_of_a_bare_model(folder):
+    """The same model saved without its head's prefix."""
+
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    expected = convert.load_hf(folder)[1]
+    rewrite(folder, bare)
+    jax.tree.map(np.testing.assert_array_equal, convert.load_hf(folder)[1], expected)
+
+
+def test_a_tied_output_projection_in_the_file(tmp_path):
+    cfg = EXAMPLES["mistral"]
+    folder = convert.save_hf(cfg, params_of(cfg), tmp_path / "model")
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    convert.load_hf(folder)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(
+        ValueError, match=r"tie_word_embeddings is true, but tensor lm_head\.weight is not the embedding"
+    ):
+        convert.load_hf(folder)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_a_torn_file(part, folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(part * len(data))])
+    with pytest.raises(ValueError, match="is cut short, corrupted, or no safetensors file"):
+        convert.load_hf(folder)
+
+
+def test_folders_that_lack_something(tmp_path, folder, sharded):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        convert.load_hf(tmp_path / "nowhere")
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names {shard.name}, which is not there"):
+        convert.load_hf(sharded)
+    (sharded / hf_folder.INDEX).write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        convert.load_hf(sharded)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"it has pytorch_model\.bin, and only safetensors"):
+        convert.load_hf(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        convert.load_hf(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        convert.load_hf(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no config\.json"):
+        convert.load_hf(folder)
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    """A writer that dies leaves no folder under the name, and the next one is not hindered by what it left."""
+    cfg, params = EXAMPLES["llama"], params_of(EXAMPLES["llama"])
+    save, calls = hf_folder.save_file, []
+
+    def dies(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        save(*args, **options)
+
+    with monkeypatch.context() as m:
+        m.setattr(hf_folder, "save_file", dies)
+        with pytest.raises(OSError, match="no space"):
+            convert.save_hf(cfg, params, tmp_path / "model", shard_bytes=4_000)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".model.partial").mkdir()  # what a killed process leaves
+    (tmp_path / ".model.partial" / "old").write_text("")
+    convert.save_hf(cfg, params, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    cfg, params = EXAMPLES["llama"], params_of(EXAMPLES["llama"])
+    folder = convert.save_hf(cfg, params, tmp_path / "model")
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert.save_hf(cfg, params, folder)
+    with pytest.raises(ValueError, match="written as float32 or bfloat16, not 'int8'"):
+        convert.save_hf(cfg, params, tmp_path / "other", dtype="int8")
+    with pytest.raises(ValueError, match="no family 'bert'"):
+        convert.save_hf(cfg, params, tmp_path / "other", family="bert")
+    with pytest.raises(ValueError, match="lack head/unembed/kernel"):
+        convert.save_hf(cfg, {**params, "head": {"norm": params["head"]["norm"]}}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"embedding/tokens has shape \(3, 3\), and \(31, 16\) is needed"):
+        convert.save_hf(cfg, {**params, "embedding": {"tokens": np.zeros((3, 3))}}, tmp_path / "other")
+    monkeypatch.setattr(hf_folder.shutil, "disk_usage", lambda path: hf_folder.shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(ValueError, match="bytes, and the disk of"):
+        convert.save_hf(cfg, params, tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_tokenizer_and_ids_travel_along(tmp_path):
+    ids = convert.TokenIds(bos=1, stops=(2, 5), padding=0)
+    folder = convert.save_hf(EXAMPLES["llama"], params_of(EXAMPLES["llama"]), tmp_path / "a", ids=ids)
+    assert convert.tokenizer_path(folder) is None
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    cfg, copy = convert.convert(folder, tmp_path / "b", dtype="bfloat16")
+    assert meaning(cfg) == meaning(EXAMPLES["llama"])
+    assert convert.tokenizer_path(copy) == copy / "tokenizer.json"
+    assert (copy / "tokenizer_config.json").is_file()
+    assert convert.token_ids(copy) == ids
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert convert.token_ids(copy).stops == (7,)
+
+
+def test_arrays_of_jax_are_written(tmp_path):
+    cfg = EXAMPLES["qwen3"]
+    params = params_of(cfg)
+    folder = convert.save_hf(cfg, jax.tree.map(jax.numpy.asarray, params), tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, convert.load_hf(folder)[1], params)
