@@ -1,0 +1,150 @@
+"""One run as one frozen dataclass: the command line, the checkpoint and the presets are made from it. Free of JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from jaxpar.data.config import DataConfig
+from jaxpar.errors import UserError
+from jaxpar.models.config import ModelConfig
+from jaxpar.models.positions import Learned
+from jaxpar.optimisers_config import AdamW, AnyOptimiser
+from jaxpar.parallel.mesh import MeshConfig
+from jaxpar.sampling import Sampler
+from jaxpar.steps.config import StepConfig
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text that a run generates at its end.
+
+    Attributes:
+      prompt: the text to continue.
+      tokens: how many tokens to add. 0: no sample.
+      sampler: how tokens are chosen.
+    """
+
+    prompt: str = "def "
+    tokens: int = 200
+    sampler: Sampler = Sampler(temperature=0.7, top_p=0.95)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes. Under Slurm, Kubernetes and on TPU pods nothing need be given.
+
+    Attributes:
+      coordinator: host:port of process 0. None: found from the environment, or a single process.
+      processes: how many processes there are. None: found from the environment.
+      process: this one's number, from 0. None: found from the environment.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """What happens when a step hangs.
+
+    Attributes:
+      seconds: without a finished step for this long, the stacks of all threads are written. None: never.
+      abort: then end the process with exit code 70, so that a scheduler starts it again.
+    """
+
+    seconds: float | None = 600.0
+    abort: bool = False
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A `jax.profiler` trace of a few steps.
+
+    Attributes:
+      start: the first step of the trace. None: no trace.
+      steps: how many steps.
+    """
+
+    start: int | None = None
+    steps: int = 3
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Train a language model. The same command again goes on where the run was interrupted.
+
+    Attributes:
+      folder: where checkpoints, metrics, TensorBoard files, the plot and the sample go.
+      steps: updates in all.
+      seed: of parameters and dropout (the data's order has its own).
+      model: the decoder. `vocabulary` follows from the tokenizer.
+      data: text and batches.
+      optimiser: the optimiser and its schedule.
+      step: what is wrapped around a step: accumulation, clipping, what happens to bad steps, averaging.
+      mesh: how many devices lie along each axis, also as data=2,fsdp=2,tensor=2.
+      fake_devices: pretend that the CPU is this many devices. None: the real ones.
+      distributed: several processes.
+      evaluate_every: steps between evaluations; there is always one at the end. None: only that one.
+      evaluate_batches: held-out batches in an evaluation.
+      checkpoint_every: steps between checkpoints; there is always one at the end. None: only that one.
+      checkpoint_keep: how many checkpoints stay.
+      baseline: compute the loss of a bigram model on the same held-out examples.
+      sample: the text generated at the end.
+      progress: a bar in a terminal or notebook, plain lines elsewhere ("auto"), or one of these, or nothing.
+      compile_cache: keep compiled programs on disk for the next start.
+      watchdog: what happens when a step hangs.
+      profile: a trace of some steps for `tensorboard` or Perfetto.
+      wandb: a Weights & Biases project to log to as well. None: none.
+    """
+
+    folder: str = "runs/first"
+    steps: int = 400
+    seed: int = 0
+    model: ModelConfig = field(default_factory=lambda: ModelConfig().as_given())
+    data: DataConfig = DataConfig()
+    optimiser: AnyOptimiser = AdamW()
+    step: StepConfig = StepConfig()
+    mesh: MeshConfig = field(default=MeshConfig(), metadata={"parse": MeshConfig.parse})
+    fake_devices: int | None = None
+    distributed: DistributedConfig = DistributedConfig()
+    evaluate_every: int | None = 100
+    evaluate_batches: int = 8
+    checkpoint_every: int | None = 100
+    checkpoint_keep: int = 3
+    baseline: bool = True
+    sample: SampleConfig = SampleConfig()
+    progress: Literal["auto", "bar", "notebook", "lines", "off"] = "auto"
+    compile_cache: bool = True
+    watchdog: WatchdogConfig = WatchdogConfig()
+    profile: ProfileConfig = ProfileConfig()
+    wandb: str | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "evaluate_batches", "checkpoint_keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "checkpoint_every", "fake_devices"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}; leave it out for none")
+        if not self.folder:
+            raise UserError("folder is empty; name the folder that the run writes to, for example runs/first")
+        if isinstance(self.model.positions, Learned) and self.data.length > self.model.context:
+            raise UserError(
+                f"data.length = {self.data.length} tokens is longer than model.context = {self.model.context}, and "
+                "learned positions end there; shorten the rows or lengthen the context"
+            )
+        if self.sample.tokens < 0:
+            raise UserError(f"sample.tokens must be at least 0, got {self.sample.tokens}")
+        if self.watchdog.seconds is not None and self.watchdog.seconds <= 0:
+            raise UserError(f"watchdog.seconds must be above 0, got {self.watchdog.seconds}; None turns it off")
+
+    def replace(self, **changes: Any) -> RunConfig:
+        return replace(self, **changes)
+
+
+def same_run(config: RunConfig) -> dict[str, Any]:
+    """The fields that make two runs the same one, as a checkpoint compares them."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name in ("model", "data", "optimiser", "seed")}

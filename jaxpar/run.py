@@ -1,0 +1,229 @@
+"""A run: everything that the loop needs, joined, checked and restored."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpar import flops, serialise
+from jaxpar.checkpoint import Checkpoints
+from jaxpar.config import RunConfig
+from jaxpar.data.pipeline import Pipeline
+from jaxpar.errors import UserError
+from jaxpar.optimisers import make
+from jaxpar.parallel.mesh import make_mesh
+from jaxpar.program import Program, build
+from jaxpar.report.plots import loss_plot
+from jaxpar.report.progress import Progress
+from jaxpar.report.writers import JsonLines, TensorBoard, WeightsAndBiases, Writers
+from jaxpar.start import start
+from jaxpar.state import abstract_state
+from jaxpar.step import Batch, Step, TrainState, chain
+from jaxpar.steps.base import make_step
+
+METRICS = "metrics.jsonl"
+PLOT = "loss.png"
+CHECKPOINTS = "checkpoints"
+
+
+class NotFiniteError(UserError):
+    """A loss or gradient was not finite, and the run was told to stop there."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What `prepare` joined. The loop calls `batches`, `update`, `report`, `evaluate` and `save`.
+
+    Attributes:
+      config: as it was given, with the vocabulary filled in.
+      pipeline: the data.
+      program: the model on its mesh.
+      step_fn: the step with its transforms.
+      state: the training state; replaced (its buffers donated) by each `update`.
+      step: updates done.
+      baseline: the bigram model's held-out loss, in nats per token, or None.
+    """
+
+    config: RunConfig
+    folder: Path
+    say: Callable[[str], None]
+    pipeline: Pipeline
+    program: Program
+    step_fn: Step
+    state: TrainState
+    checkpoints: Checkpoints
+    step: int
+    baseline: float | None = None
+
+    def __post_init__(self):
+        main = jax.process_index() == 0
+        config, cfg = self.config, self.program.cfg
+        self.tokens_per_step = config.data.batch * config.data.length
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        # The new state lies where the old one did, so that its buffers can be reused.
+        self._update = jax.jit(self.step_fn.update, donate_argnums=0, out_shardings=(shardings, None))
+        self._evaluate = jax.jit(self.program.eval_fn)
+        kind = jax.devices()[0].device_kind
+        self.progress = Progress(
+            config.steps,
+            start=self.step,
+            flops_per_token=flops.training(cfg, config.data.length),
+            peak=flops.peak(kind, self.program.mesh.size),
+            mode=config.progress if main else "off",
+        )
+        self.say = self.progress.say
+        writers = []
+        if main:
+            writers += [JsonLines(self.folder / METRICS, start=self.step), TensorBoard(self.folder, start=self.step)]
+            if config.wandb is not None:
+                json = serialise.to_json(config)
+                writers.append(WeightsAndBiases(config.wandb, self.folder, name=self.folder.name, config=json))
+        self.writers = Writers(writers)
+        self._first_step = self.step
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Ends the background work. An error on the way out must not hide the one that ended the run."""
+        self.progress.close()
+        self.writers.close()
+        with contextlib.suppress(Exception) if error[0] is not None else contextlib.nullcontext():
+            self.checkpoints.close()
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches from the state's position on, made ahead in the background. Endless."""
+        if self.step >= self.config.steps:
+            return
+        yield from self.pipeline.batches(
+            int(self.state.data_position), self.config.data.batch, self.program.batch_sharding
+        )
+
+    def update(self, batch: Batch) -> dict[str, jax.Array]:
+        """One step. Returns its metrics, still on the device."""
+        self.state, metrics = self._update(self.state, batch)
+        self.step += 1
+        return metrics
+
+    def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Read a step's metrics (this waits for it), show and write them.
+
+        Raises:
+          NotFiniteError: the step asked to stop; the state is the one before it.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        columns = {"loss": values["loss"]}
+        columns |= {n.partition("/")[2]: v for n, v in values.items() if n.endswith(("/skipped", "/total")) and v}
+        rates = self.progress.update(step, self.tokens_per_step, columns)
+        self.writers.write(step, values | {f"speed/{k}": v for k, v in rates.items()})
+        if stopped := [name for name, value in values.items() if name.endswith("/stopped") and value]:
+            raise NotFiniteError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: {stopped[0].split('/')[0]} "
+                f"stopped the run before the update; the checkpoints in {self.checkpoints.folder} are from before it; "
+                "lower the learning rate, look at the data of this step, or choose --step.nonfinite skip-nonfinite"
+            )
+
+    def evaluate(self) -> float:
+        """The mean loss on the held-out batches, in nats per token: always the same ones, in the same order."""
+        self.progress.pause()
+        sums = [
+            self._evaluate(self.state.params, batch)
+            for batch in self.pipeline.validation(
+                self.config.evaluate_batches, self.config.data.batch, self.program.batch_sharding
+            )
+        ]
+        total, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+        loss = float(total / max(weight, 1e-30))
+        self.writers.write(self.step, {"held_out/loss": loss})
+        self.plot()
+        self.say(f"step {self.step}: held-out loss {loss:.4f} nats per token")
+        return loss
+
+    def plot(self) -> None:
+        if jax.process_index() == 0:
+            self.writers.flush()
+            loss_plot(
+                self.folder / METRICS,
+                self.folder / PLOT,
+                baseline=self.baseline,
+                tokens_per_step=self.tokens_per_step,
+                title=str(self.folder),
+            )
+
+    def save(self, metrics: dict[str, jax.Array] | None = None, *, wait: bool = False) -> None:
+        """Start a checkpoint of the state (and wait for it)."""
+        # Lines up to this step must be on disk before the checkpoint that a resumed run goes on from.
+        self.writers.flush()
+        finite = True if metrics is None else bool(jnp.isfinite(metrics["loss"]))
+        self.checkpoints.save(self.state, finite=finite)
+        if wait:
+            self.checkpoints.wait()
+
+    @contextlib.contextmanager
+    def profile(self):
+        """A profiler trace around the steps that the configuration asks for."""
+        first, count = self.config.profile.start, self.config.profile.steps
+        if first is not None and self.step + 1 == first:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+        yield
+        if first is not None and self.step == first + count - 1:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.say(f"profile of steps {first} to {self.step}: {self.folder / 'profile'}")
+
+
+def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
+    """Check everything, build the data, the mesh, the program and the step, and restore the newest checkpoint.
+
+    Raises:
+      UserError, ValueError: bad input; nothing has been traced then, and nothing written but the tokenised cache.
+    """
+    start(
+        fake_devices=config.fake_devices,
+        compile_cache=config.compile_cache,
+        coordinator=config.distributed.coordinator,
+        processes=config.distributed.processes,
+        process=config.distributed.process,
+        say=say,
+    )
+    main = jax.process_index() == 0
+    say = say if main else (lambda text: None)
+    mesh = make_mesh(config.mesh)
+    pipeline = Pipeline(config.data)
+    config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
+    program = build(config.model, mesh, rows=config.data.batch // config.step.accumulate)
+    tx = make(config.optimiser, program.specs, steps=config.steps)
+    step = chain(make_step(program.grad_fn, tx, program.specs), *config.step.transforms())
+
+    folder = Path(config.folder)
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS,
+        config=serialise.to_json(config),
+        fingerprint=pipeline.fingerprint,
+        keep=config.checkpoint_keep,
+        say=say,
+    )
+    fresh = lambda state: step.init(state.params, state.key)
+    key = jax.random.key(config.seed)
+    target = abstract_state(step, tx, program, key)
+    restored = checkpoints.restore(target, fresh=fresh)
+    if restored is None:
+        params = program.init(jax.random.fold_in(key, 0))
+        shardings = jax.tree.map(lambda x: x.sharding, target)
+        state = jax.jit(step.init, out_shardings=shardings)(params, jax.random.fold_in(key, 1))
+    else:
+        state, meta = restored
+        for note in meta.notes:
+            say(note)
+        say(f"going on from step {meta.step} of {config.steps}, example {int(state.data_position)}")
+    run = Run(config, folder, say, pipeline, program, step, state, checkpoints, int(state.step))
+    if config.baseline:
+        run.baseline = pipeline.bigram_loss(config.evaluate_batches, config.data.batch)
+        say(f"bigram model: held-out loss {run.baseline:.4f} nats per token")
+    return run
