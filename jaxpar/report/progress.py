@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +19,14 @@ def choose(mode: Mode, stream: TextIO) -> Mode:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if type(shell).__name__ in ("ZMQInteractiveShell", "Shell"):  # Jupyter; Colab
         return "notebook"
-    return "bar" if getattr(stream, "isatty", lambda: False)() else "lines"
+    if not getattr(stream, "isatty", lambda: False)():
+        return "lines"
+    try:
+        size = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        return "bar"
+    # Containers and CI give terminals of no size, in which tqdm draws nothing at all.
+    return "bar" if size.columns > 0 and size.lines > 1 else "lines"
 
 
 class Progress:
@@ -71,7 +79,7 @@ class Progress:
         return kind(
             total=self.total,
             initial=self.step,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {postfix}",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
             mininterval=0.2,
             **options,
         )

@@ -1,7 +1,12 @@
 """The bar and the plain lines: what they show, when, and the rates behind them."""
 
+import fcntl
 import io
+import os
+import pty
+import struct
 import sys
+import termios
 import types
 
 import pytest
@@ -71,6 +76,16 @@ def test_what_auto_means(monkeypatch):
     shell = type("ZMQInteractiveShell", (), {})()
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     assert choose("auto", io.StringIO()) == "notebook"
+
+
+def test_a_terminal_of_no_size_gets_lines():
+    """As `docker exec -t` gives; tqdm would draw nothing there."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        for size, mode in (((0, 0), "lines"), ((40, 100), "bar")):
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+            assert choose("auto", stream) == mode
+    os.close(ours)
 
 
 def test_a_notebook_with_and_without_widgets(monkeypatch):
