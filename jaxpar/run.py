@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpar import flops, serialise
@@ -29,6 +29,7 @@ from jaxpar.steps.base import make_step
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
+PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
 
 
@@ -85,7 +86,7 @@ class Run:
                 json = serialise.to_json(config)
                 writers.append(WeightsAndBiases(config.wandb, self.folder, name=self.folder.name, config=json))
         self.writers = Writers(writers)
-        self._first_step = self.step
+        self._finite = True
 
     def __enter__(self) -> Run:
         return self
@@ -107,8 +108,15 @@ class Run:
 
     def update(self, batch: Batch) -> dict[str, jax.Array]:
         """One step. Returns its metrics, still on the device."""
+        first, count = self.config.profile.start, self.config.profile.steps
+        if first == self.step + 1:
+            jax.profiler.start_trace(str(self.folder / PROFILE))
         self.state, metrics = self._update(self.state, batch)
         self.step += 1
+        if first is not None and self.step == first + count - 1:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.say(f"profile of steps {first} to {self.step}: {self.folder / PROFILE}")
         return metrics
 
     def report(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -121,6 +129,9 @@ class Run:
         columns = {"loss": values["loss"]}
         columns |= {n.partition("/")[2]: v for n, v in values.items() if n.endswith(("/skipped", "/total")) and v}
         rates = self.progress.update(step, self.tokens_per_step, columns)
+        # A step that was skipped left the state before it, which was fine.
+        skipped = any(value for name, value in values.items() if name.endswith("/skipped"))
+        self._finite = skipped or (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
         self.writers.write(step, values | {f"speed/{k}": v for k, v in rates.items()})
         if stopped := [name for name, value in values.items() if name.endswith("/stopped") and value]:
             raise NotFiniteError(
@@ -156,26 +167,17 @@ class Run:
                 title=str(self.folder),
             )
 
-    def save(self, metrics: dict[str, jax.Array] | None = None, *, wait: bool = False) -> None:
-        """Start a checkpoint of the state (and wait for it)."""
+    def save(self, *, wait: bool = False) -> None:
+        """Start a checkpoint of the state (and wait for it). Its step's metrics must have been reported."""
         # Lines up to this step must be on disk before the checkpoint that a resumed run goes on from.
         self.writers.flush()
-        finite = True if metrics is None else bool(jnp.isfinite(metrics["loss"]))
-        self.checkpoints.save(self.state, finite=finite)
+        self.checkpoints.save(self.state, finite=self._finite)
         if wait:
             self.checkpoints.wait()
 
-    @contextlib.contextmanager
-    def profile(self):
-        """A profiler trace around the steps that the configuration asks for."""
-        first, count = self.config.profile.start, self.config.profile.steps
-        if first is not None and self.step + 1 == first:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        yield
-        if first is not None and self.step == first + count - 1:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.say(f"profile of steps {first} to {self.step}: {self.folder / 'profile'}")
+    def due(self, every: int | None) -> bool:
+        """Whether something that is done every so many steps is due; the end of the run sees to itself."""
+        return every is not None and self.step % every == 0 and self.step < self.config.steps
 
 
 def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:

@@ -7,27 +7,19 @@ random key are functions of the checkpoint alone.
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from jaxpar import report, samples
 from jaxpar.config import RunConfig
-from jaxpar.errors import UserError
-from jaxpar.interrupts import Interrupts
+from jaxpar.interrupts import Interrupts, resume_command
+from jaxpar.report import finish
 from jaxpar.run import Run, prepare
+from jaxpar.samples import sample
 from jaxpar.watchdog import Watchdog
 
 
-class NotFiniteError(UserError):
-    """A loss or gradient was not finite, and the run was told to stop there."""
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Result:
     """How a run ended.
 
@@ -38,6 +30,7 @@ class Result:
       baseline: the bigram model's loss on the same held-out examples. None where it was not asked for.
       sample: the generated text. Empty where none was asked for.
       folder: where checkpoints, metrics and the plot are.
+      exit_code: 0, or 128 + the signal that stopped the run.
     """
 
     step: int
@@ -46,54 +39,59 @@ class Result:
     baseline: float | None
     sample: str
     folder: Path
+    exit_code: int
 
 
 def train(config: RunConfig, *, say: Callable[[str], None] = print) -> Result:
     """Train, or go on training, until `config.steps` updates are done or a signal asks to stop.
 
     Raises:
-      UserError: bad input, before anything is traced or written; NotFiniteError from the step that was not finite.
+      UserError: bad input, before anything is traced or written; its kind `NotFiniteError` from a step that was not
+        finite, with the checkpoints from before it intact.
     """
     run = prepare(config, say)
-    with run, Interrupts(say) as interrupts, Watchdog(config.watchdog, run.folder) as watchdog:
+    with (
+        run,
+        Interrupts(run.say) as interrupts,
+        Watchdog(config.watchdog.seconds, run.folder, abort=config.watchdog.abort) as watchdog,
+    ):
         loop(run, interrupts, watchdog)
         if run.step < config.steps:
             run.save(wait=True)
-            say(f"stopped after step {run.step} of {config.steps}; the same command goes on from there")
-            return Result(run.step, False, None, run.baseline, "", run.folder)
+            run.say(f"stopped after step {run.step} of {config.steps}; this goes on from there: {resume_command()}")
+            return Result(run.step, False, None, run.baseline, "", run.folder, interrupts.exit_code)
+        watchdog.beat(run.step, compiling=True)
+        run.save()
         loss = run.evaluate()
-        run.save(wait=True)
-        text = samples.sample(run)
-    report.finish(run, loss, text, say)
-    return Result(run.step, True, loss, run.baseline, text, run.folder)
+        text = sample(run)
+        run.checkpoints.wait()
+    finish.tell(run, loss, text, say)
+    return Result(run.step, True, loss, run.baseline, text, run.folder, 0)
 
 
 def loop(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
     """Steps until the last one, or until a signal."""
-    config = run.config
-    before = None
+    config, before = run.config, None
     for batch in run.batches():
-        with run.profile():
-            metrics = run.update(batch)
-        # Step t is running on the device; read step t-1 meanwhile, so that the device never waits for the host.
+        metrics = run.update(batch)
+        # Step t is running on the device; read the metrics of t-1 meanwhile, so that the device does not wait for us.
         if before is not None:
             run.report(*before)
-        before = (run.step, metrics, time.perf_counter())
+        before = (run.step, metrics)
         watchdog.beat(run.step)
         run.checkpoints.check()
 
-        due = lambda every: every is not None and run.step % every == 0
-        if due(config.evaluate_every) and run.step < config.steps:
+        evaluate, save = run.due(config.evaluate_every), run.due(config.checkpoint_every)
+        if evaluate or save:
+            # What a checkpoint vouches for must have been read (a bad step raises here) and written first.
             run.report(*before)
             before = None
+        if evaluate:
+            watchdog.beat(run.step, compiling=True)
             run.evaluate()
-        if due(config.checkpoint_every):
+        if save:
             run.save()
         if run.step >= config.steps or interrupts.agreed(run.step):
             break
     if before is not None:
         run.report(*before)
-
-
-def finite(metrics: dict) -> bool:
-    return bool(np.isfinite(jax.device_get(metrics["loss"])))
