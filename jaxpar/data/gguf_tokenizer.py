@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxpar.data.tokenizer_files import JsonTokenizer
 from jaxpar.errors import UserError
 from jaxpar.models.gguf_file import GGUFFile, Vocabulary, vocabulary
 
@@ -44,13 +45,23 @@ WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken", "pixtral"
 """Vocabularies in which a word that is a token is taken whole, whatever the merges say; the first get a first token."""
 
 
-def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a GGUF file; `encode` puts on what the file asks for (`<bos>`)."""
-    return build(vocabulary(GGUFFile(path)))
+def load(path: str | Path, end: str | None = None) -> JsonTokenizer:
+    """The tokenizer of a GGUF file.
+
+    Args:
+      end: the token that ends a document. None: the file's.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence: no such file, no GGUF file, no vocabulary, an unknown kind.
+    """
+    found = vocabulary(GGUFFile(path))
+    if end is None and found.eos is not None:
+        end = found.tokens[found.eos]
+    return JsonTokenizer(build(found), end=end, bos=found.bos if found.add_bos else None, name=str(path))
 
 
 def build(found: Vocabulary) -> Tokenizer:
-    """A tokenizer of this vocabulary.
+    """A tokenizer of this vocabulary, which puts on what the file asks for (`<bos>`) unless told otherwise.
 
     Raises:
       UserError: the package is missing, or the file names a kind or a rule that is not known.
