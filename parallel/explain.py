@@ -14,7 +14,8 @@ The collectives derive from the rules alone, so that they can be read before any
   all-reduce of the activation [B, T, D] in the forward pass. One that spreads ([D, H_tensor, K]) does so in the
   backward pass, once for all kernels that read the same input (XLA:CPU does not merge these: one for each kernel).
 
-Left out: sums of scalars and the softmax over a sharded vocabulary, a few bytes a token.
+Left out: sums of scalars and the softmax over a sharded vocabulary, a few bytes a token. The compiler may do better
+(neighbouring passes share one gather) or worse (the gradient of a looked-up table is summed whole, not scattered).
 Pass a compiled step to see what the compiler made of it.
 """
 
