@@ -6,6 +6,9 @@ The five folders at the repository's root install as one import package (`jaxpar
 
 from pathlib import Path as _Path
 
+if __name__ != "jaxpar":  # see `__path__` below
+    raise ImportError(f"{__name__} is jaxpar itself, found a second time beside its sisters; import jaxpar")
+
 __version__ = "0.1.0"
 
 # In a checkout `./jaxpar` shadows an installed package when Python starts in the root, and `models/` and its
