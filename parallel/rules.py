@@ -127,11 +127,15 @@ def _canonical(kind: str, table: Any) -> Pairs:
     """Sorted pairs: two tables that say the same are equal and hash alike."""
     found = {}
     for axis, value in dict(table).items():
-        row = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        row = _row(value)
         if len(set(row)) < len(row):
             raise ValueError(f"the {kind} rule {axis} -> {'+'.join(row)} names a mesh axis twice; name each once")
         found[axis] = row
     return tuple(sorted(found.items()))
+
+
+def _row(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def check(
@@ -283,7 +287,13 @@ class Constrain:
         if x.ndim != len(axes):
             raise ValueError(f"an activation of shape {x.shape} needs {x.ndim} logical axes, got {axes}")
         spec = self.rules.spec_for(axes, "activations", f"an activation {list(x.shape)}")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        context = jax.sharding.get_abstract_mesh()
+        if context.empty:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        # Inside a shard_map that is manual over some axes (a pipeline's, a ring's): x is already a shard along those.
+        manual = set(context.manual_axes)
+        left = [tuple(a for a in _row(entry) if a not in manual) or None for entry in spec]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(context, jax.sharding.PartitionSpec(*left)))
 
 
 def constrain(mesh, rules: Rules) -> Constrain:

@@ -204,7 +204,9 @@ def test_the_compiler_makes_the_collectives_that_the_rules_imply(compiled):
         return sum(
             c["bytes"] * c["times"]
             for c in found
-            if c["op"] == op and (axes is None or c["axes"] == axes.split("+")) and (c["times"] % LAYERS == 0) == in_loop
+            if c["op"] == op
+            and (axes is None or c["axes"] == axes.split("+"))
+            and (c["times"] % LAYERS == 0) == in_loop
         )
 
     # In the loop over layers, forward and backward: byte for byte.

@@ -284,6 +284,22 @@ def test_constrain_spreads_what_passes_through(devices):
         spread(jnp.ones((4, 3)), ("batch", "widht"))
 
 
+def test_constrain_inside_a_shard_map_keeps_to_the_axes_that_are_left(devices):
+    """A pipeline is manual over its own axis only; the blocks that it calls constrain as they do elsewhere."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = constrain(mesh, Rules())
+    stage = lambda x: spread(x * 2, ("batch", "mlp"))
+    x = np.arange(32.0).reshape(8, 4)
+    f = jax.shard_map(stage, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+    y = jax.jit(f)(x)
+    np.testing.assert_array_equal(y, 2 * x)
+    assert y.sharding.spec == P(("data", "fsdp"), "tensor")
+    everything = jax.shard_map(stage, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_array_equal(jax.jit(everything)(x), 2 * x)
+    mapped = jax.jit(jax.vmap(lambda x: spread(x, ("batch", "mlp"))))(np.ones((3, 8, 4)))
+    assert mapped.sharding.spec == P(None, ("data", "fsdp"), "tensor")
+
+
 def test_constrain_is_static_and_nothing_on_one_device(devices):
     one, same = (constrain(make_mesh(MeshConfig(), devices[:1]), Rules()) for _ in range(2))
     assert one == same
