@@ -13,6 +13,7 @@ assert initialise(coordinator, count, process, timeout_s=60) == "coordinator"
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+
 from jaxpar.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from jaxpar.parallel.rules import Rules, batch_sharding  # noqa: E402
 
