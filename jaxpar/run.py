@@ -201,7 +201,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
     program = build(config.model, mesh, rows=config.data.batch // config.step.accumulate)
     tx = make(config.optimiser, program.specs, steps=config.steps)
-    step = chain(make_step(program.grad_fn, tx, program.specs), *config.step.transforms())
+    step = chain(make_step(program.grad_fn, tx), *config.step.transforms())
 
     folder = Path(config.folder)
     checkpoints = Checkpoints(
@@ -213,7 +213,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     )
     fresh = lambda state: step.init(state.params, state.key)
     key = jax.random.key(config.seed)
-    target = abstract_state(step, tx, program, key)
+    target = abstract_state(step, program, key)
     restored = checkpoints.restore(target, fresh=fresh)
     if restored is None:
         params = program.init(jax.random.fold_in(key, 0))

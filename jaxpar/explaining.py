@@ -1,0 +1,70 @@
+"""`jaxpar explain`: the layout of a run, from its configuration alone."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxpar.config import RunConfig
+from jaxpar.data.config import vocabulary_of
+from jaxpar.models import decoder
+from jaxpar.models.spec import abstract
+from jaxpar.optimisers import make
+from jaxpar.parallel.explain import explain
+from jaxpar.parallel.rules import Rules, check
+from jaxpar.state import state_specs
+
+
+def explain_run(config: RunConfig, *, compiled: bool = False):
+    """The table of `jaxpar.parallel.explain` for this run, its optimiser included. Nothing is initialised.
+
+    Args:
+      compiled: compile the training step on this machine's devices and count its collectives too.
+
+    Raises:
+      UserError, ValueError: a mesh that does not divide the model or the batch.
+    """
+    rules = Rules()
+    cfg = config.model.replace(vocabulary=vocabulary_of(config.data))
+    specs = decoder.spec(cfg)
+    rows = config.data.batch // config.step.accumulate
+    check(specs, config.mesh, rules, rows=rows)
+    tx = make(config.optimiser, specs, steps=config.steps)
+    optimiser = state_specs(jax.eval_shape(tx.init, abstract(specs)), specs)
+    return explain(
+        specs,
+        config.mesh,
+        rules,
+        rows=rows,
+        length=config.data.length,
+        compute_dtype=cfg.dtype,
+        optimiser=optimiser,
+        compiled=compile_step(config, cfg) if compiled else None,
+    )
+
+
+def compile_step(config: RunConfig, cfg):
+    """The compiled training step, from shapes alone."""
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxpar.parallel.mesh import make_mesh
+    from jaxpar.program import build
+    from jaxpar.start import start
+    from jaxpar.state import abstract_state
+    from jaxpar.step import Batch, chain
+    from jaxpar.steps.base import make_step
+
+    start(fake_devices=config.fake_devices, compile_cache=config.compile_cache)
+    mesh = make_mesh(config.mesh)
+    program = build(cfg, mesh, rows=config.data.batch // config.step.accumulate)
+    tx = make(config.optimiser, program.specs, steps=config.steps)
+    step = chain(make_step(program.grad_fn, tx), *config.step.transforms())
+    state = abstract_state(step, program, jax.random.key(0))
+    B, T = config.data.batch, config.data.length
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
+    ints, floats = array((B, T), jnp.int32), array((B, T), jnp.float32)
+    batch = Batch(ints, ints, floats, ints, ints, array((B,), jnp.int32))
+    places = jax.tree.map(lambda x: x.sharding, state)
+    whole = NamedSharding(mesh, PartitionSpec())
+    update = jax.jit(step.update, donate_argnums=0, out_shardings=(places, whole))
+    return update.lower(state, batch).compile()
