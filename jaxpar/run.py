@@ -196,8 +196,8 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     )
     main = jax.process_index() == 0
     say = say if main else (lambda text: None)
-    mesh = make_mesh(config.mesh)
-    pipeline = Pipeline(config.data)
+    mesh = make_mesh(config.mesh.fit(len(jax.devices())))
+    pipeline = Pipeline(config.data, say)
     config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
     program = build(config.model, mesh, rows=config.data.batch // config.step.accumulate)
     tx = make(config.optimiser, program.specs, steps=config.steps)
