@@ -95,7 +95,7 @@ class GGUFFile:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._parse()
-        except (struct.error, EOFError, KeyError, OverflowError, MemoryError, ValueError) as e:
+        except (struct.error, EOFError, LookupError, ArithmeticError, MemoryError, TypeError, ValueError) as e:
             if isinstance(e, ValueError) and "GGUF" in str(e):
                 raise
             size = self.path.stat().st_size

@@ -23,35 +23,38 @@ NORMS = {
 
 
 def to_config(hf: dict) -> ModelConfig:
-    if "text_config" in hf:
+    if hf.get("text_config") is not None:
         # Files of the models that see hold only what differs from these.
         defaults = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131_072}
         whole = {"vocab_size": 262_208, "quantization_config": hf.get("quantization_config")}
-        hf = {**defaults, **whole, **hf["text_config"]}
+        hf = {**defaults, **whole, **Options(hf, "gemma3").table("text_config")}
     options = Options({"head_dim": 256, **hf}, "gemma3")
     sizes = llama.read_sizes(options)
     options.expect(use_bidirectional_attention=False)
     # Transformers reads this option and then computes without it, so no weights that need it can be checked.
     options.expect(attn_logit_softcapping=None)
-    bias = bool(options.take("attention_bias", False))
-    pattern = options.number("sliding_window_pattern", PATTERN)
+    bias = options.flag("attention_bias", False)
+    pattern = options.whole("sliding_window_pattern", PATTERN)
     default = [rope.SLIDING if (i + 1) % pattern else rope.FULL for i in range(sizes["layers"])]
     slides = qwen2.read_layer_types(options, sizes["layers"], default)
-    window = options.number("sliding_window", 4096)
+    options.values.setdefault("sliding_window", 4096)
+    window = options.whole("sliding_window", None)
+    if any(slides) and window is None:
+        raise ValueError(f"config.json: layer_types has {rope.SLIDING!r}, but sliding_window is null")
     cfg = ModelConfig(
         **sizes,
-        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, whole=False), unit_offset=True),
+        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, zero=True), unit_offset=True),
         norm_placement="pre_post",
         qk_norm=True,
-        positions=rope.read_by_kind(options, sizes["context"], BASE, LOCAL_BASE),
+        positions=rope.read_by_kind(options, sizes["context"], sizes["head_size"], BASE, LOCAL_BASE),
         feedforward=GatedMLP(activation(options, "hidden_activation", "gelu_pytorch_tanh")),
         qkv_bias=bias,
         attention_out_bias=bias,
         window=window if any(slides) else None,
         window_pattern=shortest_pattern(slides),
-        attention_scale=options.number("query_pre_attn_scalar", 256, whole=False) ** -0.5,
-        logit_cap=options.number("final_logit_softcapping", None, whole=False),
-        tied_embeddings=bool(options.take("tie_word_embeddings", True)),
+        attention_scale=options.number("query_pre_attn_scalar", 256) ** -0.5,
+        logit_cap=options.number("final_logit_softcapping", None),
+        tied_embeddings=options.flag("tie_word_embeddings", True),
         embedding_scale=sizes["width"] ** 0.5,
     )
     options.take("hidden_act", None)  # an old name for hidden_activation, which files carry beside it
@@ -83,8 +86,11 @@ def from_config(cfg: ModelConfig) -> dict:
 def gguf_config(keys: gguf_metadata.Keys) -> dict[str, Any]:
     found = gguf_metadata.sizes(keys)
     layers = found["num_hidden_layers"]
-    pattern = keys.take("attention.sliding_window_pattern", PATTERN)
-    slides = pattern if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in range(layers)]
+    if isinstance(keys.left.get("attention.sliding_window_pattern"), list):  # one entry for each layer
+        slides = keys.take("attention.sliding_window_pattern")
+    else:
+        pattern = keys.whole("attention.sliding_window_pattern", PATTERN)
+        slides = [bool((i + 1) % pattern) for i in range(layers)]
     # As llama.cpp, which tells the 27B model by its depth: it alone does not scale by the head size.
     whole = found["hidden_size"] // found["num_attention_heads"] if layers == 62 else found["head_dim"]
     return {
@@ -94,7 +100,7 @@ def gguf_config(keys: gguf_metadata.Keys) -> dict[str, Any]:
             rope.SLIDING: {"rope_type": "default", "rope_theta": keys.take("rope.freq_base_swa", LOCAL_BASE)},
         },
         "layer_types": [rope.SLIDING if slide else rope.FULL for slide in slides],
-        "sliding_window": keys.take("attention.sliding_window"),
+        "sliding_window": keys.whole("attention.sliding_window"),
         "query_pre_attn_scalar": whole,
         "final_logit_softcapping": keys.take("final_logit_softcapping", None),
     }

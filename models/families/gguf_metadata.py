@@ -46,6 +46,13 @@ class Keys:
             raise ValueError(f"the GGUF file has no {self.arch}.{key}")
         return self.left.pop(key, *default)
 
+    def whole(self, key: str, *default: Any) -> Any:
+        """A positive integer (or the default)."""
+        value = self.take(key, *default)
+        if value not in default and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"GGUF file: {self.arch}.{key} must be a positive integer, got {value!r}")
+        return value
+
     def done(self) -> None:
         """Refuse what is left, unless it is known to change nothing."""
         for key, value in self.left.items():
@@ -94,11 +101,11 @@ def rope_parameters(keys: Keys, context: int, base: float = 10_000.0) -> dict[st
 
 def sizes(keys: Keys) -> dict[str, Any]:
     """What all families but GPT-2 have in common."""
-    heads, width = keys.take("attention.head_count"), keys.take("embedding_length")
-    turned = keys.take("rope.dimension_count", None)
-    head_size = keys.take("attention.key_length", None) or turned or width // heads
+    heads, width = keys.whole("attention.head_count"), keys.whole("embedding_length")
+    turned = keys.whole("rope.dimension_count", None)
+    head_size = keys.whole("attention.key_length", None) or turned or width // heads
     for name, value in (
-        ("attention.value_length", keys.take("attention.value_length", head_size)),
+        ("attention.value_length", keys.whole("attention.value_length", head_size)),
         ("rope.dimension_count", turned),
     ):
         if value not in (None, head_size):
@@ -107,13 +114,13 @@ def sizes(keys: Keys) -> dict[str, Any]:
             )
     return {
         "vocab_size": vocabulary(keys),
-        "num_hidden_layers": keys.take("block_count"),
+        "num_hidden_layers": keys.whole("block_count"),
         "hidden_size": width,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.take("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
         "head_dim": head_size,
-        "intermediate_size": keys.take("feed_forward_length"),
-        "max_position_embeddings": keys.take("context_length"),
+        "intermediate_size": keys.whole("feed_forward_length"),
+        "max_position_embeddings": keys.whole("context_length"),
         "rms_norm_eps": keys.take("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in keys.tensors,
         **keys.ids,

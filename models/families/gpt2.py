@@ -66,27 +66,27 @@ ROWS = (
 
 def to_config(hf: dict) -> ModelConfig:
     options = Options(hf, "gpt2")
-    width, heads = options.number("n_embd"), options.number("n_head")
+    width, heads = options.whole("n_embd"), options.whole("n_head")
     options.expect(scale_attn_by_inverse_layer_idx=False)
-    dropout = options.number("resid_pdrop", 0.1, whole=False)
-    if options.number("embd_pdrop", 0.1, whole=False) != dropout:
+    dropout = options.number("resid_pdrop", 0.1, zero=True)
+    if options.number("embd_pdrop", 0.1, zero=True) != dropout:
         raise ValueError("config.json: resid_pdrop and embd_pdrop differ, and one dropout serves both; set them equal")
     cfg = ModelConfig(
-        vocabulary=options.number("vocab_size"),
-        layers=options.number("n_layer"),
+        vocabulary=options.whole("vocab_size"),
+        layers=options.whole("n_layer"),
         width=width,
         heads=heads,
-        hidden=options.number("n_inner", 4 * width),
-        context=options.number("n_positions"),
-        norm=LayerNorm(options.number("layer_norm_epsilon", 1e-5, whole=False)),
+        hidden=options.whole("n_inner", 4 * width),
+        context=options.whole("n_positions"),
+        norm=LayerNorm(options.number("layer_norm_epsilon", 1e-5, zero=True)),
         positions=Learned(),
         feedforward=MLP(activation(options, "activation_function", "gelu_new")),
         qkv_bias=True,
         attention_out_bias=True,
-        attention_scale=None if options.take("scale_attn_weights", True) else 1.0,
-        tied_embeddings=bool(options.take("tie_word_embeddings", True)),
+        attention_scale=None if options.flag("scale_attn_weights", True) else 1.0,
+        tied_embeddings=options.flag("tie_word_embeddings", True),
         dropout=dropout,
-        init_std=options.number("initializer_range", 0.02, whole=False),
+        init_std=options.number("initializer_range", 0.02, zero=True),
     )
     options.done()
     return cfg
@@ -116,11 +116,11 @@ def from_config(cfg: ModelConfig) -> dict:
 def gguf_config(keys: gguf_metadata.Keys) -> dict[str, Any]:
     return {
         "vocab_size": gguf_metadata.vocabulary(keys),
-        "n_layer": keys.take("block_count"),
-        "n_embd": keys.take("embedding_length"),
-        "n_head": keys.take("attention.head_count"),
-        "n_inner": keys.take("feed_forward_length"),
-        "n_positions": keys.take("context_length"),
+        "n_layer": keys.whole("block_count"),
+        "n_embd": keys.whole("embedding_length"),
+        "n_head": keys.whole("attention.head_count"),
+        "n_inner": keys.whole("feed_forward_length"),
+        "n_positions": keys.whole("context_length"),
         "layer_norm_epsilon": keys.take("attention.layer_norm_epsilon"),
         "tie_word_embeddings": "output.weight" not in keys.tensors,
         "resid_pdrop": 0.0,

@@ -98,9 +98,9 @@ MLP_ROWS = tuple(
 
 def read_sizes(options: Options) -> dict[str, Any]:
     """The sizes that all of these families have under the same names, as arguments of `ModelConfig`."""
-    heads = options.number("num_attention_heads")
-    width = options.number("hidden_size")
-    head_size = options.number("head_dim", None)
+    heads = options.whole("num_attention_heads")
+    width = options.whole("hidden_size")
+    head_size = options.whole("head_dim", None)
     if head_size is None:
         if width % heads:
             raise ValueError(
@@ -109,15 +109,15 @@ def read_sizes(options: Options) -> dict[str, Any]:
             )
         head_size = width // heads
     return {
-        "vocabulary": options.number("vocab_size"),
-        "layers": options.number("num_hidden_layers"),
+        "vocabulary": options.whole("vocab_size"),
+        "layers": options.whole("num_hidden_layers"),
         "width": width,
         "heads": heads,
-        "kv_heads": options.number("num_key_value_heads", heads),
+        "kv_heads": options.whole("num_key_value_heads", heads),
         "head_size": head_size,
-        "hidden": options.number("intermediate_size"),
-        "context": options.number("max_position_embeddings"),
-        "init_std": options.number("initializer_range", 0.02, whole=False),
+        "hidden": options.whole("intermediate_size"),
+        "context": options.whole("max_position_embeddings"),
+        "init_std": options.number("initializer_range", 0.02, zero=True),
     }
 
 
@@ -146,15 +146,15 @@ def whole_heads(cfg: ModelConfig, family: str) -> None:
 def to_config(hf: dict) -> ModelConfig:
     options = Options(hf, "llama")
     sizes = read_sizes(options)
-    bias = bool(options.take("attention_bias", False))
+    bias = options.flag("attention_bias", False)
     cfg = ModelConfig(
         **sizes,
-        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, whole=False)),
-        positions=rope.read(options, sizes["context"]),
-        feedforward=GatedMLP(activation(options, "hidden_act", "silu"), bool(options.take("mlp_bias", False))),
+        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, zero=True)),
+        positions=rope.read(options, sizes["context"], sizes["head_size"]),
+        feedforward=GatedMLP(activation(options, "hidden_act", "silu"), options.flag("mlp_bias", False)),
         qkv_bias=bias,
         attention_out_bias=bias,
-        tied_embeddings=bool(options.take("tie_word_embeddings", False)),
+        tied_embeddings=options.flag("tie_word_embeddings", False),
     )
     options.done()
     return cfg

@@ -15,17 +15,15 @@ from jaxpar.models.positions import Rope
 
 def to_config(hf: dict) -> ModelConfig:
     # In a Mistral file a window of null is a choice (no window); only a file without the entry has the default.
-    window = hf.get("sliding_window", 4096)
-    options = Options({"num_key_value_heads": 8, **hf}, "mistral")
-    options.take("sliding_window", None)
+    options = Options({"num_key_value_heads": 8, "sliding_window": 4096, **hf}, "mistral")
     sizes = llama.read_sizes(options)
     cfg = ModelConfig(
         **sizes,
-        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, whole=False)),
-        positions=rope.read(options, sizes["context"]),
+        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, zero=True)),
+        positions=rope.read(options, sizes["context"], sizes["head_size"]),
         feedforward=GatedMLP(activation(options, "hidden_act", "silu")),
-        window=window,
-        tied_embeddings=bool(options.take("tie_word_embeddings", False)),
+        window=options.whole("sliding_window", None),
+        tied_embeddings=options.flag("tie_word_embeddings", False),
     )
     options.done()
     return cfg

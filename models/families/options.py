@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 MISSING = object()
@@ -26,26 +28,57 @@ PLAIN = {"is_encoder_decoder": False, "add_cross_attention": False, "pruned_head
 
 
 class Options:
-    """The entries of one `config.json`, each taken once."""
+    """The entries of one `config.json`, or of a dictionary in it, each taken once.
 
-    def __init__(self, values: dict, family: str):
+    Args:
+      values: the entries.
+      family: for messages.
+      where: for messages.
+    """
+
+    def __init__(self, values: dict, family: str, where: str = "config.json"):
         self.values = dict(values)
         self.family = family
+        self.where = where
 
     def take(self, name: str, default: Any = MISSING) -> Any:
         """The entry, which is then settled; null counts as absent."""
         value = self.values.pop(name, None)
         if value is None and default is MISSING:
-            raise ValueError(f"config.json of this {self.family} model has no {name!r}")
+            raise ValueError(f"{self.where} has no {name!r}, which {self.family} needs")
         return default if value is None else value
 
-    def number(self, name: str, default: Any = MISSING, whole: bool = True) -> Any:
-        """The entry as an int (or a float)."""
+    def _typed(self, name: str, default: Any, is_it: Callable[[Any], bool], kind: str) -> Any:
+        given = self.values.get(name) is not None
         value = self.take(name, default)
-        good = isinstance(value, int) if whole else isinstance(value, int | float)
-        if value is not default and (isinstance(value, bool) or not good):
-            raise ValueError(f"config.json: {name} must be {'an integer' if whole else 'a number'}, got {value!r}")
+        if given and not is_it(value):
+            raise ValueError(f"{self.where}: {name} must be {kind}, got {value!r}")
         return value
+
+    def whole(self, name: str, default: Any = MISSING, least: int = 1) -> Any:
+        """An integer of at least `least`."""
+        is_it = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
+        return self._typed(name, default, is_it, f"an integer of at least {least}")
+
+    def number(self, name: str, default: Any = MISSING, zero: bool = False) -> Any:
+        """A positive (or zero) finite number."""
+        is_it = lambda v: _real(v) and (v > 0 or (zero and v == 0))
+        return self._typed(name, default, is_it, "a number of at least 0" if zero else "a positive number")
+
+    def flag(self, name: str, default: bool) -> bool:
+        return self._typed(name, default, lambda v: isinstance(v, bool), "true or false")
+
+    def text(self, name: str, default: Any = MISSING) -> Any:
+        return self._typed(name, default, lambda v: isinstance(v, str), "a string")
+
+    def table(self, name: str) -> dict:
+        """A dictionary; empty where it is absent."""
+        return self._typed(name, {}, lambda v: isinstance(v, dict), "an object")
+
+    def numbers(self, name: str, default: Any = MISSING) -> Any:
+        """A list of positive numbers."""
+        is_it = lambda v: isinstance(v, list) and all(_real(x) and x > 0 for x in v)
+        return self._typed(name, default, is_it, "a list of positive numbers")
 
     def expect(self, **plain: Any) -> None:
         """These entries are absent, null, or exactly this."""
@@ -53,7 +86,7 @@ class Options:
             found = self.take(name, value)
             if found != value:
                 raise ValueError(
-                    f"config.json: {name} = {found!r} is not supported for {self.family}, only {value!r} is"
+                    f"{self.where}: {name} = {found!r} is not supported for {self.family}, only {value!r} is"
                 )
 
     def done(self) -> None:
@@ -61,15 +94,19 @@ class Options:
         self.expect(**PLAIN)
         if self.values.get("quantization_config"):
             raise ValueError(
-                "config.json has a quantization_config: the weights are quantised, and only plain float32, float16 "
+                f"{self.where} has a quantization_config: the weights are quantised, and only plain float32, float16 "
                 "and bfloat16 files are read; take the unquantised model, or its GGUF file"
             )
         for name, value in self.values.items():
             if value is not None and not HARMLESS.fullmatch(name):
                 raise ValueError(
-                    f"config.json: {name} = {value!r} is not an option that our {self.family} knows; remove it from "
+                    f"{self.where}: {name} = {value!r} is not an option that our {self.family} knows; remove it from "
                     "the file if it does not change what the model computes"
                 )
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 ACTIVATIONS = {
@@ -85,7 +122,7 @@ ACTIVATIONS = {
 
 
 def activation(options: Options, name: str, default: str) -> str:
-    value = options.take(name, default)
+    value = options.text(name, default)
     if value not in ACTIVATIONS:
         raise ValueError(f"config.json: {name} = {value!r} is not one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]

@@ -16,6 +16,8 @@ from jaxpar.models.positions import Rope
 def read_layer_types(options: Options, layers: int, default: list[str]) -> list[bool]:
     """Which layers slide."""
     kinds = options.take("layer_types", default)
+    if not isinstance(kinds, list):
+        raise ValueError(f"config.json: layer_types must be a list, got {kinds!r}")
     if len(kinds) != layers:
         raise ValueError(f"config.json: layer_types has {len(kinds)} entries for num_hidden_layers = {layers}")
     for kind in kinds:
@@ -32,14 +34,17 @@ def write_layer_types(cfg: ModelConfig) -> list[str]:
 
 def read_windows(options: Options, layers: int) -> dict[str, Any]:
     """Qwen's options of sliding windows, as arguments of `ModelConfig`."""
-    used = options.take("use_sliding_window", False)
-    window = options.number("sliding_window", 4096) if used else None
-    options.take("sliding_window", None)
-    first = options.number("max_window_layers", 28)
-    default = [rope.SLIDING if used and i >= first else rope.FULL for i in range(layers)]
+    options.values.setdefault("sliding_window", 4096)  # null is a choice: no window
+    window = options.whole("sliding_window", None)
+    if not options.flag("use_sliding_window", False):
+        window = None
+    first = options.whole("max_window_layers", 28, least=0)
+    default = [rope.SLIDING if window is not None and i >= first else rope.FULL for i in range(layers)]
     slides = read_layer_types(options, layers, default)
-    if any(slides) and not used:
-        raise ValueError(f"config.json: layer_types has {rope.SLIDING!r}, but use_sliding_window is false")
+    if any(slides) and window is None:
+        raise ValueError(
+            f"config.json: layer_types has {rope.SLIDING!r}, but use_sliding_window is false or sliding_window is null"
+        )
     return {"window": window, "window_pattern": shortest_pattern(slides)} if any(slides) else {}
 
 
@@ -59,12 +64,12 @@ def to_config(hf: dict) -> ModelConfig:
     sizes = llama.read_sizes(options)
     cfg = ModelConfig(
         **sizes,
-        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, whole=False)),
-        positions=rope.read(options, sizes["context"]),
+        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, zero=True)),
+        positions=rope.read(options, sizes["context"], sizes["head_size"]),
         feedforward=GatedMLP(activation(options, "hidden_act", "silu")),
         qkv_bias=True,
         **read_windows(options, sizes["layers"]),
-        tied_embeddings=bool(options.take("tie_word_embeddings", False)),
+        tied_embeddings=options.flag("tie_word_embeddings", False),
     )
     options.done()
     return cfg

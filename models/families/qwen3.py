@@ -15,17 +15,17 @@ def to_config(hf: dict) -> ModelConfig:
     # Transformers' default head size is 128, not width / heads.
     options = Options({"head_dim": 128, **hf}, "qwen3")
     sizes = llama.read_sizes(options)
-    bias = bool(options.take("attention_bias", False))
+    bias = options.flag("attention_bias", False)
     cfg = ModelConfig(
         **sizes,
-        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, whole=False)),
+        norm=RMSNorm(options.number("rms_norm_eps", 1e-6, zero=True)),
         qk_norm=True,
-        positions=rope.read(options, sizes["context"]),
+        positions=rope.read(options, sizes["context"], sizes["head_size"]),
         feedforward=GatedMLP(activation(options, "hidden_act", "silu")),
         qkv_bias=bias,
         attention_out_bias=bias,
         **qwen2.read_windows(options, sizes["layers"]),
-        tied_embeddings=bool(options.take("tie_word_embeddings", False)),
+        tied_embeddings=options.flag("tie_word_embeddings", False),
     )
     options.done()
     return cfg

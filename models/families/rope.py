@@ -16,73 +16,76 @@ from jaxpar.models.positions import FactorScaling, LinearScaling, Llama3Scaling,
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def read(options: Options, context: int, base: float = 10_000.0) -> Rope:
+def read(options: Options, context: int, head_size: int, base: float = 10_000.0) -> Rope:
     """One RoPE for all layers.
 
     Args:
       context: `max_position_embeddings`, what scalings take for the original length where they name none.
       base: used where the file has none.
     """
-    flat = _flat(options, base)
-    return Rope(base=float(flat["rope_theta"]), scaling=scaling(flat, context))
+    return Rope(*_base_and_scaling(_flat(options), options, context, head_size, base))
 
 
-def read_by_kind(options: Options, context: int, base: float, local_base: float) -> Rope:
+def read_by_kind(options: Options, context: int, head_size: int, base: float, local_base: float) -> Rope:
     """Gemma 3: full layers have a base and a scaling, sliding ones a base of their own."""
-    local = options.take("rope_local_base_freq", local_base)
-    found = options.take("rope_parameters", None)
-    if found is not None and (SLIDING in found or FULL in found):
-        full, sliding = ({"rope_type": "default", **(found.get(kind) or {})} for kind in (FULL, SLIDING))
-        full.update(options.take("rope_scaling", None) or {})
-        full.setdefault("rope_theta", options.take("rope_theta", base))
+    local_base = options.number("rope_local_base_freq", local_base)
+    new = options.table("rope_parameters")
+    if SLIDING in new or FULL in new:
+        kinds = Options(new, options.family, "config.json: rope_parameters")
+        full, sliding = kinds.table(FULL) | options.table("rope_scaling"), kinds.table(SLIDING)
+        if "rope_theta" in options.values:
+            full.setdefault("rope_theta", options.take("rope_theta", None))
     else:
-        if found is not None:
-            options.values["rope_parameters"] = found
-        full, sliding = _flat(options, base), {}
-    if scaling(sliding, context) is not None:
-        raise ValueError(
-            f"config.json: rope_parameters of {SLIDING} layers are scaled, and only plain ones are supported"
-        )
-    local_base = float(sliding.get("rope_theta", local))
-    return Rope(base=float(full["rope_theta"]), scaling=scaling(full, context), local_base=local_base)
+        options.values["rope_parameters"] = new
+        full, sliding = _flat(options), {}
+    local_base, scaled = _base_and_scaling(sliding, options, context, head_size, local_base)
+    if scaled is not None:
+        raise ValueError(f"config.json: rope_parameters of {SLIDING} layers are scaled, and only plain ones are known")
+    return Rope(*_base_and_scaling(full, options, context, head_size, base), local_base=local_base)
 
 
-def _flat(options: Options, base: float) -> dict[str, Any]:
+def _flat(options: Options) -> dict[str, Any]:
     """The one dictionary of the new format, from either."""
-    scaled = options.take("rope_scaling", None)
-    found = dict(scaled or options.take("rope_parameters", None) or {})
-    options.take("rope_parameters", None)
+    scaled, new = options.table("rope_scaling"), options.table("rope_parameters")
+    found = dict(scaled or new)
     if any(isinstance(v, dict) for v in found.values()):
         raise ValueError(f"config.json: {options.family} has one RoPE for all layers, but rope_parameters has several")
-    theta, fraction = options.take("rope_theta", None), options.take("partial_rotary_factor", None)
-    found.setdefault("rope_theta", base if theta is None else theta)
-    if fraction is not None:
-        found.setdefault("partial_rotary_factor", fraction)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if (value := options.take(name, None)) is not None:
+            found.setdefault(name, value)
     return found
 
 
-def scaling(parameters: dict[str, Any], context: int) -> Scaling | None:
-    """One dictionary of the new format -> our scaling."""
-    given = {k: v for k, v in parameters.items() if v is not None and k not in ("rope_theta", "type", "rope_type")}
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+def _base_and_scaling(
+    parameters: dict[str, Any], options: Options, context: int, head_size: int, base: float
+) -> tuple[float, Scaling | None]:
+    """One dictionary of the new format -> our base and scaling."""
+    given = Options(parameters, options.family, "config.json: rope_parameters")
+    base = given.number("rope_theta", base)
+    old_name = given.text("type", "default")
+    kind = given.text("rope_type", old_name)
+    if base <= 1:
+        raise ValueError(f"config.json: rope_theta must be above 1, got {base!r}")
+    if (fraction := given.number("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(
-            f"config.json: partial_rotary_factor = {parameters['partial_rotary_factor']} is not supported for this "
-            "family, whose heads turn whole"
+            f"config.json: partial_rotary_factor = {fraction!r} is not supported for {options.family}, whose heads turn "
+            "whole"
         )
-    original = given.pop("original_max_position_embeddings", context)
+    original = given.whole("original_max_position_embeddings", context)
     match kind:
         case "default":
             found = None
         case "linear":
-            found = LinearScaling(factor=_need(given, "factor", kind))
+            found = LinearScaling(factor=given.number("factor"))
         case "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor")
-            found = Llama3Scaling(*(_need(given, name, kind) for name in names), original_context=original)
+            low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
+            if high <= low:
+                raise ValueError(f"config.json: high_freq_factor = {high!r} must exceed low_freq_factor = {low!r}")
+            found = Llama3Scaling(given.number("factor"), low, high, original)
         case "yarn":
             found = _yarn(given, original, context)
         case "longrope":
-            found = _longrope(given, original, context)
+            found = _longrope(given, original, context, head_size)
         case "dynamic":
             raise ValueError(
                 "config.json: rope_type 'dynamic' changes the frequencies with the length of each call, which a cache "
@@ -92,42 +95,41 @@ def scaling(parameters: dict[str, Any], context: int) -> Scaling | None:
             raise ValueError(
                 f"config.json: rope_type {kind!r} is unknown; known are default, linear, llama3, yarn and longrope"
             )
-    if given:
-        raise ValueError(f"config.json: rope_type {kind!r} does not take {min(given)!r}")
-    return found
+    for name, value in given.values.items():
+        if value is not None:
+            raise ValueError(f"config.json: rope_type {kind!r} does not take {name!r}")
+    return float(base), found
 
 
-def _need(given: dict[str, Any], name: str, kind: str) -> Any:
-    if name not in given:
-        raise ValueError(f"config.json: rope_type {kind!r} needs {name!r}")
-    return given.pop(name)
-
-
-def _yarn(given: dict[str, Any], original: int, context: int) -> YarnScaling:
-    factor = given.pop("factor", context / original)
-    scale, scale_all = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-    attention = given.pop("attention_factor", None)
+def _yarn(given: Options, original: int, context: int) -> YarnScaling:
+    factor = given.number("factor", context / original)
+    scale, scale_all = given.number("mscale", 0.0, zero=True), given.number("mscale_all_dim", 0.0, zero=True)
+    attention = given.number("attention_factor", None)
     if attention is None and scale and scale_all:
         grown = lambda m: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
         attention = grown(scale) / grown(scale_all)
     return YarnScaling(
         factor=factor,
         original_context=original,
-        beta_fast=given.pop("beta_fast", None) or 32.0,
-        beta_slow=given.pop("beta_slow", None) or 1.0,
+        beta_fast=given.number("beta_fast", 32.0),
+        beta_slow=given.number("beta_slow", 1.0),
         attention_factor=attention,
-        truncate=given.pop("truncate", True),
+        truncate=given.flag("truncate", True),
     )
 
 
-def _longrope(given: dict[str, Any], original: int, context: int) -> FactorScaling:
-    short, long = _need(given, "short_factor", "longrope"), _need(given, "long_factor", "longrope")
+def _longrope(given: Options, original: int, context: int, head_size: int) -> FactorScaling:
+    short, long = given.numbers("short_factor"), given.numbers("long_factor")
     if short != long:
         raise ValueError(
             "config.json: rope_type 'longrope' with a short_factor that differs from its long_factor changes the "
             "frequencies with the length of each call, which a cache cannot follow; set both to the one you want"
         )
-    factor, attention = given.pop("factor", context / original), given.pop("attention_factor", None)
+    if len(short) != head_size // 2:
+        raise ValueError(
+            f"config.json: short_factor has {len(short)} entries, and half of head_dim is {head_size // 2}"
+        )
+    factor, attention = given.number("factor", context / original), given.number("attention_factor", None)
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return FactorScaling(factors=tuple(map(float, short)), attention_factor=attention)

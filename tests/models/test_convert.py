@@ -215,7 +215,7 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
         "short_factor that differs",
     ),
-    "rope without factor": ("llama", LLAMA, {"rope_parameters": {"rope_type": "llama3"}}, "needs 'factor'"),
+    "rope without factor": ("llama", LLAMA, {"rope_parameters": {"rope_type": "llama3"}}, "has no 'low_freq_factor'"),
     "rope with more": ("llama", LLAMA, {"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "take 'factor'"),
     "part of a head": ("llama", LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "rope by kind": (
@@ -234,14 +234,14 @@ REFUSED = {
     "unknown option": ("llama", LLAMA, {"use_magic": True}, "use_magic = True is not an option"),
     "quantised": ("llama", LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
     "missing size": ("llama", LLAMA, {"num_hidden_layers": None}, "no 'num_hidden_layers'"),
-    "text for a number": ("llama", LLAMA, {"hidden_size": "16"}, "hidden_size must be an integer"),
+    "text for a number": ("llama", LLAMA, {"hidden_size": "16"}, "hidden_size must be an integer of at least 1"),
     "heads that do not divide": ("llama", LLAMA, {"head_dim": None, "hidden_size": 18}, "not divisible"),
     "groups that do not divide": ("llama", LLAMA, {"num_key_value_heads": 3}, "not divisible by model.kv_heads"),
     "encoder": ("llama", LLAMA, {"is_encoder_decoder": True}, "is_encoder_decoder = True"),
     "too few layer types": ("qwen2", QWEN2, {"layer_types": ["full_attention"]}, "1 entries for num_hidden_layers = 3"),
     "unknown layer type": ("qwen2", QWEN2, {"layer_types": ["conv"] * 3}, "layer_types has 'conv'"),
     "window that is off": ("qwen2", QWEN2, {"use_sliding_window": False}, "use_sliding_window is false"),
-    "no window": ("qwen2", QWEN2, {"sliding_window": 0}, "window must be at least 1"),
+    "no window": ("qwen2", QWEN2, {"sliding_window": 0}, "sliding_window must be an integer"),
     "cap of attention": ("gemma3_text", GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     "both directions": ("gemma3_text", GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "scale by layer": (
@@ -264,6 +264,40 @@ def test_options_that_are_refused(name, tmp_path):
         convert.load_hf(tmp_path)
     assert expected in str(e.value)
     assert "\n" not in str(e.value)
+
+
+STRANGE = [
+    *(None, "", "x", -1, 0, 1, 1.5, 10**5, True, False, [], [1], {}, {"a": 1}, math.nan, -math.inf),
+    *({"rope_type": kind} for kind in (3, ["yarn"], "yarn", "llama3", "longrope", None)),
+    *({"rope_theta": base} for base in (None, "x", 0, 1, -5.0)),
+    {"rope_type": "yarn", "factor": 0, "original_max_position_embeddings": 0},
+    {"rope_type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 1},
+    {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
+    {"full_attention": 3},
+    {"sliding_attention": {"rope_theta": []}},
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_strange_values_end_in_one_sentence(name):
+    """Every option, every kind of nonsense: a configuration that works, or a sentence."""
+    hf = BY_NAME[name].from_config(EXAMPLES[name])
+    old = ("rope_scaling", "rope_theta", "partial_rotary_factor", "rope_local_base_freq", "text_config", "layer_types")
+    told = set()
+    for option in {*hf, *old}:
+        for value in STRANGE:
+            try:
+                cfg = BY_NAME[name].to_config({**hf, option: value})
+            except ValueError as e:
+                told.add(str(e))
+            else:
+                assert isinstance(hash(cfg), int)
+                for table in (cfg.positions.table(cfg) if cfg.layers < 99 else {}).values():
+                    assert np.isfinite(table).all()
+    assert len(told) > 50
+    for sentence in told:
+        assert "config.json" in sentence or "model." in sentence
+        assert "\n" not in sentence
 
 
 def test_options_that_change_nothing(tmp_path):

@@ -290,7 +290,7 @@ def test_frequencies_of_rope(name):
     config = transformers.LlamaConfig(
         hidden_size=4 * size, num_attention_heads=4, max_position_embeddings=context, rope_parameters=dict(parameters)
     )
-    ours = rope.read(Options({"rope_parameters": parameters}, "llama"), context)
+    ours = rope.read(Options({"rope_parameters": parameters}, "llama"), context, size)
     frequencies, scale = ours.frequencies(size, local=False)
     if kind == "default":
         theirs, their_scale = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq, 1.0
@@ -298,7 +298,7 @@ def test_frequencies_of_rope(name):
         theirs, their_scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=context)
     np.testing.assert_allclose(frequencies, theirs.numpy(), rtol=2e-6)
     assert scale == pytest.approx(their_scale, rel=1e-12)
-    assert rope.read(Options({"rope_parameters": rope.write(ours, context)}, "llama"), context) == ours
+    assert rope.read(Options({"rope_parameters": rope.write(ours, context)}, "llama"), context, size) == ours
 
 
 def test_the_part_of_gemma_that_reads(tmp_path):

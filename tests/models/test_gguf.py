@@ -202,12 +202,32 @@ def test_a_torn_file_at_any_place(llama, tmp_path):
         assert "\n" not in str(e.value)
 
 
+def test_a_corrupted_header(llama, tmp_path):
+    """Any byte changed: still a model, or one sentence."""
+    data = llama.read_bytes()
+    first = min(tensor.start for tensor in GGUFFile(llama).tensors.values())
+    rng = np.random.default_rng(0)
+    told = set()
+    for _ in range(200):
+        changed = bytearray(data)
+        changed[rng.integers(4, first)] = rng.integers(256)
+        (tmp_path / "x.gguf").write_bytes(changed)
+        try:
+            convert.load(tmp_path / "x.gguf")
+        except ValueError as e:
+            told.add(str(e))
+    assert len(told) > 20
+    assert not [sentence for sentence in told if "\n" in sentence]
+
+
 REFUSED = {
     "experts": ({"expert_count": 8}, {}, r"llama\.expert_count = 8 is not supported"),
     "unknown key": ({"attention.magic": 1.0}, {}, r"llama\.attention\.magic = 1\.0 is not a key"),
     "unknown scaling": ({"rope.scaling.type": "spiral"}, {}, "'spiral' is not one of"),
     "part of a head": ({"rope.dimension_count": 4, "attention.key_length": 8}, {}, "the head size is 8"),
     "missing tensor": ({}, {"blk.1.ffn_up.weight": None}, "no tensor 'blk.1.ffn_up.weight'"),
+    "text for a number": ({"block_count": "2"}, {}, r"llama\.block_count must be a positive integer, got '2'"),
+    "no heads": ({"attention.head_count": 0}, {}, r"llama\.attention\.head_count must be a positive integer, got 0"),
     "unknown tensor": ({}, {"blk.1.extra.weight": np.ones(3)}, "'blk.1.extra.weight' has no place"),
     "other shape": ({}, {"blk.0.attn_q.weight": np.ones((8, 32))}, r"shape \(8, 32\), and its configuration asks"),
     "some biases": ({}, {"blk.0.attn_q.bias": np.ones(32)}, "some exist and some do not"),
