@@ -12,7 +12,7 @@ from jaxpar.models.positions import Learned
 from jaxpar.optimisers_config import AdamW, AnyOptimiser
 from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.sampling import Sampler
-from jaxpar.steps.config import StepConfig
+from jaxpar.steps.config import ClipPerStage, StepConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class RunConfig:
       data: text and batches.
       optimiser: the optimiser and its schedule.
       step: what is wrapped around a step: accumulation, clipping, what happens to bad steps, averaging.
-      mesh: how many devices lie along each axis, also as data=2,fsdp=2,tensor=2.
+      mesh: how many devices lie along each axis, also as data=2,fsdp=2,tensor=2; together all devices there are. One
+        axis may take the rest; without this option, data does.
       fake_devices: pretend that the CPU is this many devices. None: the real ones.
       distributed: several processes.
       evaluate_every: steps between evaluations; there is always one at the end. None: only that one.
@@ -106,7 +107,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimiser: AnyOptimiser = AdamW()
     step: StepConfig = StepConfig()
-    mesh: MeshConfig = field(default=MeshConfig(), metadata={"parse": MeshConfig.parse})
+    mesh: MeshConfig = field(default=MeshConfig(data="rest"), metadata={"parse": MeshConfig.parse})
     fake_devices: int | None = None
     distributed: DistributedConfig = DistributedConfig()
     evaluate_every: int | None = 100
@@ -136,6 +137,21 @@ class RunConfig:
                 f"data.length = {self.data.length} tokens is longer than model.context = {self.model.context}, and "
                 "learned positions end there; shorten the rows or lengthen the context"
             )
+        if self.data.batch % self.step.accumulate:
+            raise UserError(
+                f"data.batch = {self.data.batch} rows are not divisible into step.accumulate = {self.step.accumulate} "
+                f"microbatches; choose a batch of {-(-self.data.batch // self.step.accumulate) * self.step.accumulate}"
+            )
+        clip = self.step.clip
+        if isinstance(clip, ClipPerStage) and clip.stages > self.model.layers:
+            raise UserError(
+                f"step.clip.stages = {clip.stages} stages are more than model.layers = {self.model.layers} layers; "
+                f"choose at most {self.model.layers}"
+            )
+        if self.profile.start is not None and self.profile.start < 1:
+            raise UserError(f"profile.start = {self.profile.start} must be at least 1, the first step")
+        if self.profile.steps < 1:
+            raise UserError(f"profile.steps = {self.profile.steps} must be at least 1")
         if self.sample.tokens < 0:
             raise UserError(f"sample.tokens must be at least 0, got {self.sample.tokens}")
         if self.watchdog.seconds is not None and self.watchdog.seconds <= 0:

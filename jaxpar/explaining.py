@@ -10,6 +10,7 @@ from jaxpar.models import decoder
 from jaxpar.models.spec import abstract
 from jaxpar.optimisers import make
 from jaxpar.parallel.explain import explain
+from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.parallel.rules import Rules, check
 from jaxpar.state import state_specs
 
@@ -27,12 +28,13 @@ def explain_run(config: RunConfig, *, compiled: bool = False):
     cfg = config.model.replace(vocabulary=vocabulary_of(config.data))
     specs = decoder.spec(cfg)
     rows = config.data.batch // config.step.accumulate
-    check(specs, config.mesh, rules, rows=rows)
+    mesh = settled(config)
+    check(specs, mesh, rules, rows=rows)
     tx = make(config.optimiser, specs, steps=config.steps)
     optimiser = state_specs(jax.eval_shape(tx.init, abstract(specs)), specs)
     return explain(
         specs,
-        config.mesh,
+        mesh,
         rules,
         rows=rows,
         length=config.data.length,
@@ -40,6 +42,13 @@ def explain_run(config: RunConfig, *, compiled: bool = False):
         optimiser=optimiser,
         compiled=compile_step(config, cfg) if compiled else None,
     )
+
+
+def settled(config: RunConfig) -> MeshConfig:
+    """The mesh with all its sizes. One that is given whole needs no devices; "rest" is what this machine has left."""
+    if "rest" not in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor):
+        return config.mesh
+    return config.mesh.fit(config.fake_devices or jax.device_count())
 
 
 def compile_step(config: RunConfig, cfg):

@@ -52,7 +52,7 @@ def generate(
       UserError: an empty prompt, an id outside the vocabulary, or a length beyond the model's context.
     """
     prompts = [list(p) for p in prompts]
-    _check(cfg, prompts, new_tokens)
+    check_prompts(cfg, prompts, new_tokens)
     longest = max(len(p) for p in prompts)
     width = bucket(longest)
     tokens_BxP = np.zeros((len(prompts), width), np.int32)
@@ -79,7 +79,8 @@ def generate(
     return [row[:n].tolist() for row, n in zip(out, lengths, strict=True)]
 
 
-def _check(cfg: ModelConfig, prompts: list[list[int]], new_tokens: int) -> None:
+def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    """Raises UserError where these prompts cannot be continued by `new_tokens` tokens."""
     if not prompts:
         raise UserError("there is no prompt to continue; give at least one")
     if new_tokens < 1:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import RunConfig
 from jaxpar.data.pipeline import Pipeline
 from jaxpar.errors import UserError
+from jaxpar.generation import check_prompts
 from jaxpar.optimisers import make
 from jaxpar.parallel.mesh import make_mesh
 from jaxpar.program import Program, build
@@ -26,6 +29,7 @@ from jaxpar.start import start
 from jaxpar.state import abstract_state
 from jaxpar.step import Batch, Step, TrainState, chain
 from jaxpar.steps.base import make_step
+from jaxpar.steps.ema import averaged
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
@@ -70,6 +74,8 @@ class Run:
         # The new state lies where the old one did, so that its buffers can be reused.
         self._update = jax.jit(self.step_fn.update, donate_argnums=0, out_shardings=(shardings, None))
         self._evaluate = jax.jit(self.program.eval_fn)
+        ema = config.step.ema
+        self._averaged = None if ema is None else jax.jit(partial(averaged, decay=ema.decay))
         kind = jax.devices()[0].device_kind
         self.progress = Progress(
             config.steps,
@@ -140,11 +146,16 @@ class Run:
                 "lower the learning rate, look at the data of this step, or choose --step.nonfinite skip-nonfinite"
             )
 
+    def best_params(self) -> Any:
+        """The parameters to judge the model by: their average where the run keeps one, else the last ones."""
+        return self.state.params if self._averaged is None else self._averaged(self.state)
+
     def evaluate(self) -> float:
         """The mean loss on the held-out batches, in nats per token: always the same ones, in the same order."""
         self.progress.pause()
+        params = self.best_params()
         sums = [
-            self._evaluate(self.state.params, batch)
+            self._evaluate(params, batch)
             for batch in self.pipeline.validation(
                 self.config.evaluate_batches, self.config.data.batch, self.program.batch_sharding
             )
@@ -180,6 +191,14 @@ class Run:
         return every is not None and self.step % every == 0 and self.step < self.config.steps
 
 
+def first_ids(tokenizer: Any, prompt: str) -> Sequence[int]:
+    """The ids that a text begins with: the prompt's, or the end of the document before."""
+    ids = tokenizer.encode(prompt).tolist()
+    if tokenizer.bos is not None:
+        return [tokenizer.bos, *ids]
+    return ids or [tokenizer.eod]
+
+
 def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     """Check everything, build the data, the mesh, the program and the step, and restore the newest checkpoint.
 
@@ -196,12 +215,15 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     )
     main = jax.process_index() == 0
     say = say if main else (lambda text: None)
-    mesh = make_mesh(config.mesh.fit(len(jax.devices())))
+    mesh = make_mesh(config.mesh)
+    transforms = config.step.transforms()
     pipeline = Pipeline(config.data, say)
     config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
     program = build(config.model, mesh, rows=config.data.batch // config.step.accumulate)
     tx = make(config.optimiser, program.specs, steps=config.steps)
-    step = chain(make_step(program.grad_fn, tx), *config.step.transforms())
+    step = chain(make_step(program.grad_fn, tx), *transforms)
+    if config.sample.tokens:
+        check_prompts(config.model, [first_ids(pipeline.tokenizer, config.sample.prompt)], config.sample.tokens)
 
     folder = Path(config.folder)
     checkpoints = Checkpoints(

@@ -6,7 +6,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxpar.generation import generate
-from jaxpar.run import Run
+from jaxpar.run import Run, first_ids
 
 FILE = "sample.txt"
 
@@ -17,12 +17,12 @@ def sample(run: Run) -> str:
     if config.tokens == 0:
         return ""
     tokenizer = run.pipeline.tokenizer
-    prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.eod]
+    prompt = first_ids(tokenizer, config.prompt)
     # Sharded parameters are gathered once: generation runs one row, on one device of each process.
     params = (
-        multihost_utils.process_allgather(run.state.params, tiled=True)
+        multihost_utils.process_allgather(run.best_params(), tiled=True)
         if jax.process_count() > 1
-        else (jax.device_put(run.state.params, jax.local_devices()[0]))
+        else (jax.device_put(run.best_params(), jax.local_devices()[0]))
     )
     [row] = generate(
         run.program.cfg,

@@ -49,7 +49,12 @@ def train(config: RunConfig, *, say: Callable[[str], None] = print) -> Result:
       UserError: bad input, before anything is traced or written; its kind `NotFiniteError` from a step that was not
         finite, with the checkpoints from before it intact.
     """
-    run = prepare(config, say)
+    return go(prepare(config, say), say)
+
+
+def go(run: Run, say: Callable[[str], None] = print) -> Result:
+    """The rest of `train`, from a run that is prepared."""
+    config = run.config
     with (
         run,
         Interrupts(run.say) as interrupts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxpar.commands.base import preset, read
+from jaxpar.commands.base import checking, preset, read
 from jaxpar.presets import DEFAULT, PRESETS
 
 DESCRIPTION = (
@@ -15,6 +15,9 @@ DESCRIPTION = (
 def main(argv: list[str]) -> int | None:
     config, rest = preset(argv)
     config = read(config, rest, prog="jaxpar train", description=DESCRIPTION)
-    from jaxpar.train import train
+    from jaxpar.run import prepare
+    from jaxpar.train import go
 
-    return train(config).exit_code
+    with checking():  # what goes wrong later is either a `UserError` or a bug, which keeps its traceback
+        run = prepare(config)
+    return go(run).exit_code
