@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,25 +86,30 @@ def open_or_build(
     content = fingerprint(config, tokenizer)
     name = digest(content)
     folder = cache_dir(config) / name
-    if folder.is_dir():
+    # Three times: another process may find the same damage, and remove what this one has just built.
+    for _ in range(3):
+        if folder.exists():
+            try:
+                return _open(folder), name
+            except _TornError as torn:
+                say(f"the tokenised cache {folder} is damaged ({torn}); it is built again")
+                _remove(folder)
         try:
-            return _open(folder), name
-        except _TornError as torn:
-            say(f"the tokenised cache {folder} is damaged ({torn}); it is built again")
-            _remove(folder)
-    try:
-        _build(config, tokenizer, folder, content)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _build(config, tokenizer, folder, content)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"no space left for the tokenised text in {folder.parent}; free some, or choose another folder "
+                    "with --data.cache-dir (nothing was left behind)"
+                ) from None
             raise UserError(
-                f"no space left for the tokenised text in {folder.parent}; free some, or choose another folder with "
-                "--data.cache-dir (nothing was left behind)"
+                f"cannot write the tokenised text to {folder.parent} ({error.strerror or error}); choose another "
+                "folder with --data.cache-dir"
             ) from None
-        raise UserError(
-            f"cannot write the tokenised text to {folder.parent} ({error.strerror or error}); choose another folder "
-            "with --data.cache-dir"
-        ) from None
-    return _open(folder), name
+    try:
+        return _open(folder), name
+    except _TornError as torn:
+        raise UserError(f"the tokenised cache {folder} cannot be replaced ({torn}); remove it by hand") from None
 
 
 class _TornError(Exception):
@@ -129,7 +135,7 @@ def _open(folder: Path) -> dict[str, Stream]:
             # An empty file cannot be mapped.
             tokens = np.memmap(folder / f"{split}.tokens", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
             found[split] = Stream(tokens, starts, weights)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         raise _TornError(str(error)) from None
     return found
 
@@ -144,7 +150,7 @@ def _checksum(*arrays: np.ndarray) -> str:
 def _build(config: DataConfig, tokenizer: Tokenizer, folder: Path, content: Any) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
-    work = folder.parent / f".{folder.name}.{os.getpid()}.{time.time_ns()}.tmp"
+    work = folder.parent / f".{folder.name}.{_host()}.{os.getpid()}.{time.time_ns()}.tmp"
     work.mkdir()
     try:
         dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
@@ -262,10 +268,16 @@ class _Bar:
 def _sweep(parent: Path) -> None:
     """Remove what killed builds left long ago. A younger one may belong to a process that is at work."""
     for path in parent.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            owner = int(path.name.split(".")[2])
-            if not _alive(owner) or time.time() - path.stat().st_mtime > STALE:
+        with contextlib.suppress(OSError, ValueError):
+            host, owner = path.name.split(".")[2:4]
+            dead = host == _host() and not _alive(int(owner))
+            if dead or time.time() - path.stat().st_mtime > STALE:
                 _remove(path)
+
+
+def _host() -> str:
+    """A process number says something only on its own machine; the disk may be shared by several."""
+    return digest(socket.gethostname())[:8]
 
 
 def _alive(pid: int) -> bool:
