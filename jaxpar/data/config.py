@@ -67,6 +67,8 @@ class DataConfig:
         for name in ("prefetch", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name} must be at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise UserError(f"data.seed must be below 2^32, got {self.seed}")
         if self.packing not in ("stream", "document"):
             raise UserError(f"data.packing is stream or document, got {self.packing!r}")
 
