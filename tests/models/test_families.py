@@ -267,6 +267,7 @@ SCALINGS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+    "llama3-whole": {"factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32768},
     "yarn-own": {"factor": 8.0, "original_max_position_embeddings": 4096, "attention_factor": 1.5, "beta_fast": 16.0},
     "yarn-untruncated": {"factor": 8.0, "original_max_position_embeddings": 4096, "truncate": False, "beta_slow": 2.0},
