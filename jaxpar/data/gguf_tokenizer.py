@@ -9,6 +9,7 @@ that a word which is a token needs no merges.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,28 @@ def load(path: str | Path, end: str | None = None) -> JsonTokenizer:
     if end is None and found.eos is not None:
         end = found.tokens[found.eos]
     return JsonTokenizer(build(found), end=end, bos=found.bos if found.add_bos else None, name=str(path))
+
+
+def save(path: str | Path, folder: str | Path) -> list[Path]:
+    """Write a GGUF file's tokenizer as `tokenizer.json` and `tokenizer_config.json`, to put beside exported weights.
+
+    Returns:
+      The two files.
+    """
+    found = vocabulary(GGUFFile(path))
+    name = lambda i: None if i is None else found.tokens[i]
+    said = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name(found.bos),
+        "eos_token": name(found.eos),
+        "unk_token": name(found.unknown),
+        "pad_token": name(found.padding),
+        "clean_up_tokenization_spaces": False,
+    }
+    tokenizer, config = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    build(found).save(str(tokenizer))
+    config.write_text(json.dumps({k: v for k, v in said.items() if v is not None}, indent=2) + "\n", encoding="utf-8")
+    return [tokenizer, config]
 
 
 def build(found: Vocabulary) -> Tokenizer:

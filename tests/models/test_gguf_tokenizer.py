@@ -155,6 +155,15 @@ def test_as_any_other_tokenizer(sentences, tmp_path):
     assert found.decode([found.bos, *ids, found.eod]) == "of the decoder"
 
 
+@pytest.mark.parametrize("kind", ["sentences", "bytes_of"])
+def test_saved_beside_exported_weights(kind, request, tmp_path):
+    ours, _ = both(tmp_path, "llama", request.getfixturevalue(kind) | {"add_bos_token": True})
+    (tmp_path / "saved").mkdir()
+    files = gguf_tokenizer.save(tmp_path / "model.gguf", tmp_path / "saved")
+    assert sorted(files) == sorted((tmp_path / "saved").iterdir())
+    same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"))
+
+
 def test_what_cannot_be_rebuilt(sentences, bytes_of, tmp_path):
     def build(entries):
         return gguf_tokenizer.load(write(tmp_path / "x.gguf", "llama", {}, {}, tokenizer=entries))
