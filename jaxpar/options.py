@@ -263,6 +263,11 @@ def _sentence(box: str, argv: list[str]) -> str:
     text = " ".join(line for line in lines if line)
     text = re.sub(r"-{4,}", " ", text).split("Argument helptext:")[0].split("For full helptext")[0]
     text = re.sub(r"^\s*(Value error|Missing argument|Parsing error|Unrecognized options)\s+", "", text)
-    text = re.sub(r"Error parsing (\S+): (?!invalid)", "", text)
+    text = re.sub(r"\s+", " ", text)
+    text = re.sub(
+        r"Error parsing (\S+): invalid literal for int\(\) with base 10:", r"\1 takes a whole number, got", text
+    )
+    text = re.sub(r"Error parsing (\S+): could not convert string to float:", r"\1 takes a number, got", text)
+    text = re.sub(r"Error parsing \S+: ", "", text)
     text = re.sub(r"\s+", " ", text).strip()
     return text or f"these options cannot be read: {' '.join(argv)}"

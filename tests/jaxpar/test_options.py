@@ -89,7 +89,7 @@ BAD = [
     (["--widht", "3"], "did you mean --model.width"),
     (["--norm", "layr-norm"], "--norm is one of rms-norm, layer-norm, but got 'layr-norm'; did you mean layer-norm"),
     (["--norm"], "--norm takes one value (rms-norm, layer-norm), got 0"),
-    (["--layers", "many"], "invalid literal for int() with base 10: 'many'"),
+    (["--layers", "many"], "--model.layers takes a whole number, got 'many'"),
     (["--layers"], "Missing value for argument '--model.layers'"),
     (["--heads", "5"], "model.width = 128 is not divisible by model.heads = 5"),
     (["--norm-placement", "middle"], "middle"),

@@ -1,0 +1,316 @@
+"""What people type wrong: each gets one sentence and exit code 2, and nothing is written or lost."""
+
+import errno
+import hashlib
+import inspect
+import json
+import random
+import shutil
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from jaxpar.cli import main
+from tests.processes import start
+
+ROW = 'def f(x):\n    return x + 1  # {"text"}\n'
+
+
+class Case(NamedTuple):
+    """A command line ({w} is the folder of `world`, {train} a training command that works), and what must be said."""
+
+    name: str
+    line: str
+    words: tuple[str, ...]
+
+
+TRAIN = (
+    "train tiny --folder {w}/new --source {w}/text.txt --data.cache-dir {w}/../cache --layers 2 --width 32 --heads 4 "
+    "--warmup 1 --steps 2 --progress off --evaluate-batches 1 --sample.tokens 0"
+)
+GENERATE = "generate --tokens 4 --model {w}/"
+
+CASES = [
+    # words
+    Case("unknown command", "trian", ("'trian'", "did you mean train")),
+    Case("nonsense command", "xyzzy", ("'xyzzy'", "train", "generate", "doctor")),
+    Case("unknown preset", "train tinny", ("'tinny'", "did you mean tiny")),
+    Case("unknown option", "{train} --layer 3", ("--layer", "did you mean", "--model.layers")),
+    Case("unknown nonsense option", "{train} --frobnicate 3", ("--frobnicate", "--help")),
+    Case("wrong type", "{train} --model.layers two", ("--model.layers takes a whole number", "'two'")),
+    Case(
+        "wrong type of a number",
+        "{train} --optimiser.schedule.peak fast",
+        ("--optimiser.schedule.peak takes a number", "'fast'"),
+    ),
+    Case("missing value", "{train} --model.layers", ("--model.layers",)),
+    Case("two values", "{train} --optimiser muon lion", ("--optimiser", "takes one value", "2", "muon lion")),
+    Case("unknown strategy", "{train} --optimiser adamq", ("adamq", "did you mean", "adam-w")),
+    Case("unknown literal", "{train} --remat sometimes", ("sometimes", "full")),
+    Case("a word without dashes", "explain tiny 7", ("'7'", "not an option")),
+    # meshes and devices
+    Case("heads by tensor", "{train} --heads 2 --mesh data=2,tensor=4", ("2", "4", "heads", "tensor")),
+    Case("batch by data", "{train} --batch 12 --mesh data=8", ("12", "8", "data")),
+    Case("batch by all devices", "{train} --batch 12", ("12", "8", "data")),
+    Case("vocabulary", "{train} --vocabulary-multiple 1 --mesh data=4,tensor=2", ("257", "2", "vocabulary")),
+    Case("mesh too small", "{train} --mesh data=2", ("data(2)", "= 2", "8 devices", "nearest")),
+    Case("mesh too big", "{train} --mesh data=16", ("data(16)", "= 16", "8 devices")),
+    Case("devices that do not exist", "{train} --mesh data=3", ("data(3)", "8 devices", "nearest")),
+    Case("rest that does not fit", "{train} --mesh fsdp=3,data=rest", ("fsdp(3)", "8")),
+    Case("unknown mesh axis", "{train} --mesh dta=2", ("'dta'", "'data'")),
+    Case("mesh axis of no devices", "{train} --mesh data=0", ("data", "0", "at least 1")),
+    Case("mesh without a number", "{train} --mesh data=two", ("data", "'two'")),
+    Case("no fake devices", "{train} --fake-devices 0", ("fake_devices", "0", "at least 1")),
+    Case("explain: heads by tensor", "explain tiny --heads 4 --mesh tensor=8", ("4", "8", "heads")),
+    Case("explain: batch", "explain tiny --batch 6 --mesh data=4", ("6", "4", "batch")),
+    Case("coordinator alone", "{train} --distributed.coordinator 127.0.0.1:9", ("127.0.0.1:9", "process count")),
+    Case("coordinator without port", "{train} --distributed.coordinator somewhere", ("'somewhere'", "host:port")),
+    Case("processes alone", "{train} --distributed.processes 2", ("2", "coordinator")),
+    # text and tokenisers
+    Case("missing text", "{train} --source {w}/nothing.txt", ("nothing.txt", "not found")),
+    Case("empty text", "{train} --source {w}/empty.txt", ("empty.txt", "no text")),
+    Case("empty folder", "{train} --source {w}/empty", ("empty", "no file")),
+    Case("too little text", "{train} --source {w}/short.txt --data.validation-fraction 0.5", ("split", "64")),
+    Case("missing tokenizer", "{train} --tokenizer {w}/no.json", ("no.json", "not found")),
+    Case("corrupted tokenizer", "{train} --tokenizer {w}/broken_tokenizer/tokenizer.json", ("tokenizer.json",)),
+    Case("folder without tokenizer", "{train} --tokenizer {w}/empty", ("empty", "tokenizer")),
+    Case("JSONL: not JSON", "{train} --source {w}/torn.jsonl", ("line 2", "torn.jsonl", "not JSON")),
+    Case("JSONL: no field", "{train} --source {w}/other.jsonl", ("line 1", "'text'", "'body'")),
+    Case("NaN weight", "{weighted} --source.path {w}/nan.jsonl", ("line 2", "'weight'", "nan")),
+    Case("negative weight", "{weighted} --source.path {w}/negative.jsonl", ("line 2", "'weight'", "-1")),
+    Case("weight in words", "{weighted} --source.path {w}/word.jsonl", ("line 2", "'weight'", "string")),
+    Case("Parquet: no column", "{train} --source {w}/table.parquet", ("table.parquet", "'text'", "'body'")),
+    Case("Parquet: not Parquet", "{train} --source {w}/fake.parquet", ("fake.parquet",)),
+    Case("validation fraction 0", "{train} --data.validation-fraction 0", ("validation_fraction", "0")),
+    Case("empty rows", "{train} --data.length 0", ("data.length", "0")),
+    Case(
+        "tokenizer too small", "tokenizer train --source {w}/text.txt --vocabulary 100 --out {w}/t.json", ("257", "100")
+    ),
+    Case("tokenizer from nothing", "tokenizer train --source {w}/empty.txt --out {w}/t.json", ("empty.txt", "no text")),
+    Case("tokenizer does what", "tokenizer show", ("jaxpar tokenizer train",)),
+    # the run
+    Case("schedule longer than the run", "{train} --warmup 5", ("5", "2", "warm-up")),
+    Case("no steps", "{train} --steps 0", ("steps", "0", "at least 1")),
+    Case("accumulate", "{train} --step.accumulate 3", ("8", "3", "accumulate")),
+    Case("no microbatch", "{train} --step.accumulate 0", ("accumulate", "0")),
+    Case("clip at 0", "{train} --step.clip.norm 0", ("clip", "0")),
+    Case("stages", "{train} --step.clip clip-per-stage --step.clip.stages 4", ("4 stages", "2 layers")),
+    Case("average of 1.5", "{train} --step.ema ema --step.ema.decay 1.5", ("1.5", "[0, 1)")),
+    Case("window of spikes", "{train} --step.spikes skip-spikes --step.spikes.window 1", ("window", "1", "4")),
+    Case("dropout of 2", "{train} --dropout 2", ("dropout", "2", "[0, 1)")),
+    Case("attention window of 0", "{train} --model.window 0", ("model.window", "0", "at least 1")),
+    Case("width by heads", "{train} --width 30", ("30", "4", "heads")),
+    Case("learned positions", "{train} --positions learned --context 32", ("64", "32", "learned")),
+    Case(
+        "sample beyond the context",
+        "{train} --sample.tokens 99 --context 64 --positions learned",
+        ("99", "64", "context"),
+    ),
+    Case("negative temperature", "{train} --sample.sampler.temperature -1", ("temperature", "-1")),
+    Case("profile of step 0", "{train} --profile.start 0", ("profile.start", "0")),
+    Case("watchdog", "{train} --watchdog.seconds 0", ("watchdog.seconds", "0")),
+    # checkpoints and folders
+    Case("a file as the folder", "{train} --folder {w}/text.txt", ("text.txt",)),
+    Case("folder inside a file", "{train} --folder {w}/text.txt/run", ("text.txt",)),
+    Case("foreign folder", "{train} --folder {w}/foreign", ("foreign", "notes.txt", "another folder")),
+    Case("another model", "{train} --folder {w}/run --width 64", ("model.width", "32", "64")),
+    Case("other data", "{train} --folder {w}/run --source {w}/other.txt", ("run", "data")),
+    Case("all checkpoints damaged", "{train} --folder {w}/damaged", ("damaged", "step")),
+    Case("marker without checkpoints of this format", "{train} --folder {w}/newer", ("newer", "99")),
+    # generate
+    Case("no model", GENERATE + "nowhere", ("nowhere", "no model")),
+    Case("empty model folder", GENERATE + "empty", ("empty", "nothing")),
+    Case("text as a model", GENERATE + "text.txt", ("text.txt", "GGUF")),
+    Case("cut GGUF", GENERATE + "cut.gguf", ("cut.gguf",)),
+    Case("unknown model_type", GENERATE + "hf_unknown", ("'nonesuch'", "llama")),
+    Case("config without weights", GENERATE + "hf_empty", ("hf_empty", "safetensors")),
+    Case("config.json cut short", GENERATE + "hf_torn", ("config.json",)),
+    Case("missing tensor", GENERATE + "hf_missing", ("no tensor", "model.norm.weight")),
+    Case("no tokenizer", GENERATE + "hf", ("hf", "tokenizer")),
+    Case("damaged run", GENERATE + "damaged", ("damaged",)),
+    Case("long prompt", GENERATE + "run --prompt " + "x" * 200, ("200", "context", "128")),
+    Case("no prompt", GENERATE + "run --prompt", ("prompt",)),
+    Case("temperature -1", GENERATE + "run --sampler.temperature -1", ("temperature", "-1")),
+    Case("top_k when greedy", GENERATE + "run --top-k 4", ("top_k", "temperature = 0")),
+    Case("top_p of 2", GENERATE + "run --temperature 1 --top-p 2", ("top_p", "2", "(0, 1]")),
+    Case("no tokens", GENERATE + "run --tokens 0", ("0", "at least 1")),
+    # convert
+    Case("convert without target", "convert --source {w}/run", ("--target",)),
+    Case("convert without source", "convert --target {w}/out", ("--source",)),
+    Case("target not empty", "convert --source {w}/run --target {w}/foreign", ("foreign", "not an empty folder")),
+    Case("convert nothing", "convert --source {w}/nowhere --target {w}/out", ("nowhere",)),
+    Case("no family fits", "convert --source {w}/learned --target {w}/out", ("llama", "LayerNorm", "gpt2")),
+]
+
+
+def words(line: str, world: Path) -> list[str]:
+    train = TRAIN
+    weighted = train.replace("{w}/text.txt", "jsonl") + " --source.weight-field weight"
+    line = line.replace("{train}", train).replace("{weighted}", weighted)
+    return line.format(w=world).split()
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and folder with a digest of what is in it."""
+    return {
+        str(p.relative_to(folder)): hashlib.md5(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+        for p in folder.rglob("*")
+    }
+
+
+def text(seed: int, lines: int = 800) -> str:
+    draw = random.Random(seed)
+    return "".join(draw.choice(inspect.getsource(random).splitlines()) + "\n" for _ in range(lines))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder of good and bad things."""
+    w = tmp_path_factory.mktemp("bad") / "world"
+    (w / "empty").mkdir(parents=True)
+    (w / "text.txt").write_text(text(0))
+    (w / "other.txt").write_text(text(1))
+    (w / "empty.txt").write_text("")
+    (w / "short.txt").write_text("a word\n")
+    (w / "broken_tokenizer").mkdir()
+    (w / "broken_tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "model": {')
+    good = json.dumps({"text": ROW, "weight": 1.0})
+    for name, line in {
+        "torn": '{"text": "def',
+        "nan": json.dumps({"text": ROW, "weight": float("nan")}),
+        "negative": json.dumps({"text": ROW, "weight": -1}),
+        "word": json.dumps({"text": ROW, "weight": "heavy"}),
+    }.items():
+        (w / f"{name}.jsonl").write_text(f"{good}\n{line}\n" + f"{good}\n" * 50)
+    (w / "other.jsonl").write_text('{"body": "def"}\n')
+    (w / "fake.parquet").write_bytes(b"PAR0 is not it")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["def"]}), w / "table.parquet")
+    (w / "foreign" / "checkpoints").mkdir(parents=True)
+    (w / "foreign" / "checkpoints" / "notes.txt").write_text("mine")
+
+    assert main([*words(TRAIN, w), "--folder", str(w / "run")]) == 0
+    learned = "--positions no-positions --norm layer-norm --norm-placement post"
+    assert main([*words(f"{TRAIN} {learned}", w), "--folder", str(w / "learned")]) == 0
+    for name in ("damaged", "newer"):
+        shutil.copytree(w / "run", w / name)
+        for manifest in (w / name / "checkpoints").glob("*/manifest.json"):
+            if name == "damaged":
+                manifest.write_text(manifest.read_text()[:-40])
+            else:
+                newer(manifest)
+
+    (w / "cut.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 5, 5))
+    assert main(["convert", "--source", str(w / "run"), "--target", str(w / "hf")]) == 0
+    for name in ("hf_unknown", "hf_empty", "hf_torn", "hf_missing"):
+        shutil.copytree(w / "hf", w / name)
+    config = json.loads((w / "hf" / "config.json").read_text())
+    (w / "hf_unknown" / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
+    (w / "hf_torn" / "config.json").write_text(json.dumps(config)[:50])
+    for file in (w / "hf_empty").glob("*.safetensors*"):
+        file.unlink()
+    from safetensors.numpy import load_file, save_file
+
+    file = w / "hf_missing" / "model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if name != "model.norm.weight"}, file)
+    return w
+
+
+def newer(manifest: Path) -> None:
+    """Make a checkpoint one of a later format."""
+    import zlib
+
+    content = {**json.loads(manifest.read_text())["content"], "version": 99}
+    seal = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    manifest.write_text(json.dumps({"crc32": seal, "content": content}))
+
+
+def one_sentence(err: str, expected: tuple[str, ...]) -> None:
+    assert err.startswith("jaxpar: "), err
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n"), err
+    assert "Traceback" not in err
+    assert 20 < len(err) < 600, err
+    for word in expected:
+        assert word in err, (word, err)
+
+
+def test_there_are_at_least_forty_cases():
+    assert len(CASES) >= 40
+    assert len({case.line for case in CASES}) == len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_bad_input_is_one_sentence(case, world, capsys):
+    before = snapshot(world)
+    assert main(words(case.line, world)) == 2
+    one_sentence(capsys.readouterr().err, case.words)
+    assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("name", ["unknown preset", "coordinator alone", "mesh too big", "no model"])
+def test_a_real_process_ends_with_code_2(name, world):
+    case = next(case for case in CASES if case.name == name)
+    process = start(["-m", "jaxpar", *words(case.line, world)], devices=8)
+    assert process.wait(60) == 2, process.output
+    one_sentence(process.output, case.words)
+
+
+def test_the_working_command_works(world, capsys):
+    """What the cases above are changed from: otherwise they would prove nothing."""
+    assert main([*words(TRAIN, world), "--folder", str(world.parent / "works")]) == 0
+    assert (world.parent / "works" / "loss.png").is_file()
+
+
+def test_no_disk_space(world, capsys, monkeypatch):
+    folder = world.parent / "full"
+    shutil.copytree(world / "run", folder)
+    before = snapshot(folder / "checkpoints")
+    full = type(shutil.disk_usage("/"))(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert main([*words(TRAIN, world), "--folder", str(folder), "--steps", "4"]) == 2
+    one_sentence(capsys.readouterr().err, ("no space", "step 4", "steps 2", "intact"))
+    assert snapshot(folder / "checkpoints") == before
+
+
+def test_a_disk_that_fills_up_while_saving(world, capsys, monkeypatch):
+    from jaxpar import manifest
+
+    folder = world.parent / "filled"
+    shutil.copytree(world / "run", folder)
+    before = snapshot(folder / "checkpoints")
+
+    def write(folder, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(manifest, "write", write)
+    assert main([*words(TRAIN, world), "--folder", str(folder), "--steps", "4"]) == 2
+    one_sentence(capsys.readouterr().err, ("step 4", "no space left", "steps 2", "intact"))
+    assert snapshot(folder / "checkpoints") == before
+
+
+def test_a_folder_that_is_not_writable(world, capsys, monkeypatch):
+    def mkdir(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    before = snapshot(world)
+    assert main([*words(TRAIN, world), "--no-compile-cache"]) == 2
+    one_sentence(capsys.readouterr().err, ("new", "Permission denied"))
+    assert snapshot(world) == before
+
+
+def test_a_bug_keeps_its_traceback(world, monkeypatch):
+    """Only what is checked beforehand may end in a sentence: an error of the loop must be seen whole."""
+    import jaxpar.train
+
+    def loop(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(jaxpar.train, "loop", loop)
+    with pytest.raises(ValueError, match="a bug"):
+        main([*words(TRAIN, world), "--folder", str(world.parent / "bug")])
