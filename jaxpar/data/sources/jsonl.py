@@ -70,15 +70,15 @@ class Jsonl:
             why = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
             raise UserError(f"{where} is not JSON: {why}") from None
         if not isinstance(record, dict):
-            raise UserError(f'{where} is a JSON {_type(record)}, but each line must be an object like {{"text": ...}}')
+            raise UserError(f'{where} is {_type(record)}, but each line must be an object like {{"text": ...}}')
         text = self._field(record, self.field, where, "data.source.field")
         if text is not None and not isinstance(text, str):
-            raise UserError(f"{where}: the field {self.field!r} is a {_type(text)}, but must be a string")
+            raise UserError(f"{where}: the field {self.field!r} is {_type(text)}, but must be a string")
         weight = 1.0
         if self.weight_field is not None:
             weight = self._field(record, self.weight_field, where, "data.source.weight_field")
             if isinstance(weight, bool) or not isinstance(weight, int | float):
-                raise UserError(f"{where}: the weight {self.weight_field!r} is a {_type(weight)}, but must be a number")
+                raise UserError(f"{where}: the weight {self.weight_field!r} is {_type(weight)}, but must be a number")
             if not 0 <= weight <= 1e30 or math.isnan(weight):
                 raise UserError(f"{where}: the weight {self.weight_field!r} is {weight}; it must be a number from 0 on")
         # JSON can spell half of a surrogate pair, which UTF-8 cannot; it becomes "?", as everywhere in Python.
@@ -92,5 +92,5 @@ class Jsonl:
 
 
 def _type(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -29,7 +29,9 @@ def _bytes(value: Any, column: str, where: str) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise UserError(f"{where}: the column {column!r} holds a {type(value).__name__}, but must hold text")
+        raise UserError(
+            f"{where}: the column {column!r} holds values of type {type(value).__name__}, but must hold text"
+        )
     return value.encode("utf-8", "replace")
 
 
