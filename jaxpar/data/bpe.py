@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def train_bpe(source: Source, vocabulary: int, out: str | Path, *, progress: boo
         part.write_text(inner.to_str(pretty=True), encoding="utf-8")
         os.replace(part, file)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"cannot write {file}: {e.strerror}") from None
     return JsonTokenizer(inner, end=END, name=str(file))

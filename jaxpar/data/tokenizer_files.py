@@ -57,7 +57,7 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         known = lambda run: self.inner.decode(run, skip_special_tokens=True)
-        return _decode(ids, self.eod, lambda i: self.inner.id_to_token(i) is not None, known)
+        return _decode(ids, self.eod, lambda i: 0 <= i < self.size and self.inner.id_to_token(i) is not None, known)
 
 
 class SentencePieceTokenizer:
