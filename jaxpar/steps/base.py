@@ -28,8 +28,9 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation) -> Step:
     """
 
     def init(params: Tree, key: jax.Array) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), key, zero)
+        # Two arrays: one that stands twice in a state could not be donated.
+        step, position = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return TrainState(step, params, tx.init(params), key, position)
 
     def prepare(state: TrainState, batch: Batch, control: Control) -> tuple[TrainState, Metrics]:
         return state, {}

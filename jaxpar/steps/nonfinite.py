@@ -56,8 +56,8 @@ def skip_nonfinite(max_consecutive: int = 10) -> StepTransform:
 
     def transform(step: Step) -> Step:
         def init(params, key):
-            zero = jnp.zeros((), jnp.int32)
-            return step.init(params, key).with_slot(SKIP, {"total": zero, "consecutive": zero})
+            zero = lambda: jnp.zeros((), jnp.int32)
+            return step.init(params, key).with_slot(SKIP, {"total": zero(), "consecutive": zero()})
 
         def apply(state, gradients, control):
             new, metrics = step.apply(state, gradients, control)

@@ -18,8 +18,9 @@ def skip_spikes(sigma: float = 6.0, window: int = 128, max_consecutive: int = 10
     """Leave out updates whose loss or gradient norm is more than `sigma` standard deviations *above the mean*.
 
     Mean and deviation are over the last `window` steps that were not skipped: a spike does not widen the band that it is
-    judged by. Nothing is skipped until half the window is filled. A value that is not finite is none of this transform's
-    business (see `nonfinite`) and never enters the window.
+    judged by. Nothing is skipped until half the window is filled. NaN is none of this transform's business (see
+    `nonfinite`); an infinite norm (of finite gradients, it overflows) stands out like any other. Neither ever enters the
+    window.
 
     After `max_consecutive` skips in a row the next step is taken, whatever it is, and enters the window: a lasting change
     of level is no spike, and a run must not stand still for ever.
@@ -45,8 +46,8 @@ def skip_spikes(sigma: float = 6.0, window: int = 128, max_consecutive: int = 10
 
     def transform(step: Step) -> Step:
         def init(params, key):
-            zero, empty = jnp.zeros((), jnp.int32), jnp.zeros(window, jnp.float32)
-            slot = {"losses": empty, "norms": empty, "count": zero, "total": zero, "consecutive": zero}
+            slot = {name: jnp.zeros(window, jnp.float32) for name in ("losses", "norms")}
+            slot |= {name: jnp.zeros((), jnp.int32) for name in ("count", "total", "consecutive")}
             return step.init(params, key).with_slot(SPIKES, slot)
 
         def apply(state, gradients, control):
