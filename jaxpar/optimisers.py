@@ -6,6 +6,7 @@ matrices, and any layer (and so any stage of a pipeline) can be lost and reset a
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -146,17 +147,26 @@ def _muon(config: Muon, rate, specs: Tree, decays: Tree, hidden: bool) -> optax.
         found = matrix_dimensions(path_name(path), s) if hidden else None
         return None if found is None else optax.contrib.MuonDimensionNumbers(*found)
 
-    numbers = jax.tree_util.tree_map_with_path(dimensions, specs, is_leaf=is_spec)
-    return optax.contrib.muon(
-        rate,
-        ns_steps=config.steps,
-        beta=config.momentum,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decays,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        eps=config.epsilon,
-        adam_weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=numbers,
-        consistent_rms=0.2,
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, s: "adam" if dimensions(path, s) is None else "muon", specs, is_leaf=is_spec
     )
+    numbers = jax.tree_util.tree_map_with_path(
+        lambda path, s: dimensions(path, s) or optax.MaskedNode(), specs, is_leaf=is_spec
+    )
+    # Not `optax.contrib.muon`: its Adam decays norms and biases too, and is Nesterov's.
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(
+            ns_steps=config.steps, beta=config.momentum, eps=config.epsilon, weight_dimension_numbers=lambda _: numbers
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(_like_adam, updates, numbers)),
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(rate),
+    )
+    adam = optax.adamw(rate, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decays)
+    return optax.partition({"muon": matrices, "adam": adam}, labels)
+
+
+def _like_adam(update, numbers):
+    """An orthogonal matrix scaled to the root mean square of AdamW's updates."""
+    rows, columns = (math.prod(update.shape[d] for d in dims) for dims in numbers)
+    return 0.2 * math.sqrt(max(rows, columns)) * update

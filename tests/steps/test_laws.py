@@ -19,6 +19,7 @@ from jaxpar.parallel.mesh import MeshConfig, make_mesh
 from jaxpar.parallel.rules import Rules, batch_sharding
 from jaxpar.program import build
 from jaxpar.state import abstract_state
+from jaxpar.step import Control, chain
 from jaxpar.steps.accumulate import accumulate
 from jaxpar.steps.base import make_step
 from jaxpar.steps.clip import clip_global, clip_per_stage
