@@ -1,5 +1,7 @@
 """A model of 3 layers with 90-odd parameters, small enough that every law is checked of every transform."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,11 +56,17 @@ def bare(optimiser=None, gradients=grad_fn):
 
 
 def state_of(step):
-    return jax.jit(step.init)(params(), jax.random.key(1))
+    return step.init(params(), jax.random.key(1))
+
+
+@functools.cache
+def _params():
+    return init(SPECS, jax.random.key(0))
 
 
 def params():
-    return init(SPECS, jax.random.key(0))
+    """A copy each time: a test may donate it."""
+    return jax.tree.map(jnp.copy, _params())
 
 
 def wrapped(*transforms):
