@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxpar.errors import UserError
 from jaxpar.models.config import ModelConfig
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,9 @@ def _huggingface(path: Path) -> Loaded:
     from jaxpar.models import convert
 
     cfg, params = convert.load_hf(path)
-    return _with_tokenizer(cfg, params, TokenizerFile(str(path)).load(), str(path))
+    loaded = _with_tokenizer(cfg, params, TokenizerFile(str(path)).load(), str(path))
+    # A model may end a text in several ways (a document, a turn).
+    return replace(loaded, stop=tuple({*loaded.stop, *convert.token_ids(path).stops}))
 
 
 def _with_tokenizer(cfg: ModelConfig, params: Any, tokenizer: Any, label: str) -> Loaded:
@@ -135,23 +130,46 @@ def _gguf(path: Path) -> Loaded:
     )
 
 
-def load_model(path: str | Path) -> tuple[ModelConfig, Any, str, list[Path]]:
-    """The model alone, to write it elsewhere: configuration, parameters, a label, and the tokenizer's files."""
+@dataclass(frozen=True)
+class Model:
+    """A model to be written elsewhere.
+
+    Attributes:
+      cfg, params: the model.
+      ids: begin, end and padding ids, as `jaxpar.models.convert.TokenIds`.
+      files: the tokenizer's files.
+      source: what was read, for messages.
+    """
+
+    cfg: ModelConfig
+    params: Any
+    ids: Any
+    files: list[Path]
+    source: str
+
+
+@contextlib.contextmanager
+def load_model(path: str | Path) -> Iterator[Model]:
+    """The model alone, with its tokenizer's files (which may be made for the time of the `with` block)."""
+    from jaxpar.models import convert
+
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"there is no model at {path}; give a run's folder, a Hugging Face folder or a .gguf file")
-    from jaxpar.models import convert
-
     if path.is_dir() and run_checkpoints(path) is not None:
         config, params, label = _run_model(path)
-        given = Path(getattr(config.data.tokenizer, "path", ""))
-        return config.model, params, label, tokenizer_files(given) if given.name else []
+        tokenizer = config.data.tokenizer.load()
+        ids = convert.TokenIds(bos=tokenizer.bos, stops=(tokenizer.eod,))
+        given = Path(getattr(config.data.tokenizer, "path", "")).expanduser()
+        files = convert.tokenizer_files(given) if given.is_dir() else [given] if given.is_file() else []
+        yield Model(config.model, params, ids, files, label)
+        return
     cfg, params = convert.load(path)
-    return cfg, params, str(path), tokenizer_files(path)
-
-
-def tokenizer_files(path: Path) -> list[Path]:
-    """The files of a tokenizer, in a folder or given itself."""
+    ids = convert.token_ids(path)
     if path.is_dir():
-        return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    return [path] if path.name in TOKENIZER_FILES else []
+        yield Model(cfg, params, ids, convert.tokenizer_files(path), str(path))
+        return
+    from jaxpar.data import gguf_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield Model(cfg, params, ids, gguf_tokenizer.save(path, Path(folder)), str(path))

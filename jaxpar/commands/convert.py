@@ -1,8 +1,7 @@
-"""`jaxpar convert SOURCE TARGET`, as options: `--source`, `--target`."""
+"""`jaxpar convert --source MODEL --target FOLDER`."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,9 +36,6 @@ def main(argv: list[str]) -> int | None:
     from jaxpar.loading import load_model
     from jaxpar.models.convert import save_hf
 
-    with checking():
-        cfg, params, label, tokenizer = load_model(config.source)
-        save_hf(cfg, params, target, dtype=config.dtype)
-        for file in tokenizer:
-            shutil.copy2(file, target / file.name)
-    print(f"{label} -> {target}")
+    with checking(), load_model(config.source) as model:
+        save_hf(model.cfg, model.params, target, dtype=config.dtype, ids=model.ids, files=model.files)
+        print(f"{model.source} -> {target}")

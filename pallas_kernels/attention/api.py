@@ -38,7 +38,7 @@ def attention(
         longer sequence is masked as it is there.
       lse_out: also return the log-sum-exp of each query's logits, with which partial results over parts of the keys
         are merged. It is differentiable.
-      implementation: "xla" (plain XLA, blocks of queries, memory linear in S), "cudnn" (bfloat16 and float16 on NVIDIA
+      implementation: "xla" (plain XLA, blocks of queries), "cudnn" (bfloat16 and float16 on NVIDIA
         GPUs), or None: cuDNN where the call is lowered for such a GPU and fits its limits, else "xla".
 
     Returns:
