@@ -36,7 +36,7 @@ def ema(decay: float = 0.999) -> StepTransform:
         def apply(state, gradients, control):
             new, metrics = step.apply(state, gradients, control)
             pairs = zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params), strict=True)
-            moved = jnp.any(jnp.stack([jnp.any(a != b) for a, b in pairs]))
+            moved = jnp.any(jnp.stack([jnp.any((a != b) & ~(jnp.isnan(a) & jnp.isnan(b))) for a, b in pairs]))
             slot = state.slots[EMA]
             blend = lambda m, p: jnp.where(moved, decay * m + (1 - decay) * p.astype(jnp.float32), m)
             count = slot["count"] + moved

@@ -237,7 +237,7 @@ def test_everything_on_around_the_decoder():
     """The order of `StepConfig` on a real model, donated: a step that is not finite stops it with its state whole."""
     cfg = ModelConfig(vocabulary=16, layers=2, width=8, heads=2, kv_heads=1, head_size=4, hidden=16)
     program = build(cfg, make_mesh(MeshConfig(), jax.devices()[:1]), rows=ROWS // 2)
-    config = StepConfig(accumulate=2, spikes=SkipSpikes(window=4), ema=Ema(0.9))
+    config = StepConfig(accumulate=2, spikes=SkipSpikes(window=64), ema=Ema(0.9))
     tx = make(AdamW(schedule=Constant(0.01)), program.specs, steps=10)
     step = chain(make_step(program.grad_fn, tx), *config.transforms())
     state = jax.jit(step.init)(program.init(jax.random.key(0)), jax.random.key(1))
