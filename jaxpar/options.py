@@ -242,6 +242,7 @@ def _tyro(config: Any, argv: list[str], prog: str, description: str) -> Any:
     import tyro
 
     listed = choices(config)
+    description = description or (type(config).__doc__ or "").split("Attributes:")[0].strip()
     text = description + (f"\n\nStrategies, and the options that choose them:\n{listed}" if listed else "")
     stream = io.StringIO()
     try:
