@@ -43,10 +43,10 @@ def losses(folder: Path) -> dict:
 
 
 def parameters(folder: Path) -> dict[str, np.ndarray]:
+    import jax
+
     from jaxpar.loading import load
     from jaxpar.models.spec import path_name
-
-    import jax
 
     leaves = jax.tree_util.tree_flatten_with_path(load(folder).params)[0]
     return {path_name(path): np.asarray(x) for path, x in leaves}
