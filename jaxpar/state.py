@@ -45,8 +45,8 @@ def state_specs(shapes: Tree, specs: Tree) -> Tree:
                     axes = (LAYERS, *axes[1:])
                 break
         else:
-            if x.ndim == 1 and x.shape[0] in layers:
-                axes = (LAYERS,)
+            if "stacked" in parts and x.ndim and x.shape[0] in layers:
+                axes = (LAYERS, *axes[1:])
         return ParamSpec(x.shape, axes, Constant(0.0), str(x.dtype), decay=False)
 
     return jax.tree_util.tree_map_with_path(one, shapes)

@@ -104,6 +104,18 @@ class TrainState:
     data_position: jax.Array
     slots: dict[str, Tree] = struct.field(default_factory=dict)
 
+    def add_slot(self, name: str, value: Tree) -> TrainState:
+        """A new state with one slot more; for a transform's `init`.
+
+        Raises:
+          ValueError: there is one of that name, because a transform stands in the chain twice.
+        """
+        if name in self.slots:
+            raise ValueError(
+                f"the step transform {name!r} stands in the chain twice and would share its slot; use it once"
+            )
+        return self.with_slot(name, value)
+
     def with_slot(self, name: str, value: Tree) -> TrainState:
         return self.replace(slots={**self.slots, name: value})
 

@@ -44,7 +44,7 @@ class JsonLines:
         try:
             if self.path.exists():
                 _truncate(self.path, start)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = open(self.path, "a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"metrics cannot be written to {self.path}: {error.strerror or error}") from None
 
@@ -127,7 +127,7 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(open(Path(folder) / name, "wb"))  # noqa: SIM115
+            self._writer = RecordWriter(open(Path(folder) / name, "wb"))
         except OSError as error:
             raise UserError(f"TensorBoard files cannot be written to {folder}: {error.strerror or error}") from None
         self._add(event_pb2.Event(file_version="brain.Event:2"))

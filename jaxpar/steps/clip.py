@@ -32,16 +32,18 @@ def _mean_scale(gradients):
 def clip_global(limit: float) -> StepTransform:
     """Scale the gradient so that the norm of its mean over tokens is at most `limit` (Pascanu et al. 2013).
 
-    Metrics: `clip_global/factor`, 1 where nothing was clipped.
+    Metrics: `clip_global/norm` before clipping (`grad_norm` is what the optimiser sees), `clip_global/factor`, 1 where
+    nothing was clipped.
     """
     _check("clip_global", limit)
 
     def transform(step: Step) -> Step:
         def apply(state, gradients, control):
-            factor = _factor(optax.tree.norm(gradients.grads) / _mean_scale(gradients), limit)
+            norm = optax.tree.norm(gradients.grads) / _mean_scale(gradients)
+            factor = _factor(norm, limit)
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients.grads)
             state, metrics = step.apply(state, gradients.replace(grads=grads), control)
-            return state, {**metrics, "clip_global/factor": factor}
+            return state, {**metrics, "clip_global/factor": factor, "clip_global/norm": norm}
 
         return replace(step, apply=apply)
 

@@ -31,7 +31,7 @@ def ema(decay: float = 0.999) -> StepTransform:
     def transform(step: Step) -> Step:
         def init(params, key):
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            return step.init(params, key).with_slot(EMA, {"average": zeros, "count": jnp.zeros((), jnp.int32)})
+            return step.init(params, key).add_slot(EMA, {"average": zeros, "count": jnp.zeros((), jnp.int32)})
 
         def apply(state, gradients, control):
             new, metrics = step.apply(state, gradients, control)

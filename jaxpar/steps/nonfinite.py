@@ -21,7 +21,7 @@ def stop_on_nonfinite() -> StepTransform:
     """Keep the state from before the first step that is not finite, and say so from then on.
 
     The loss, every gradient and every new parameter are looked at. The state, its `step` included, stays bitwise what it
-    was, and all further updates do nothing: the loop reads the metric one step later and ends the run, and no checkpoint
+    was (but for `data_position`, which counts the batches that were looked at), and all further updates do nothing: the loop reads the metric one step later and ends the run, and no checkpoint
     can hold a broken state.
 
     Slot: whether it has stopped (bool). Metrics: `stop_on_nonfinite/stopped`, 0 or 1.
@@ -29,7 +29,7 @@ def stop_on_nonfinite() -> StepTransform:
 
     def transform(step: Step) -> Step:
         def init(params, key):
-            return step.init(params, key).with_slot(STOP, jnp.asarray(False))
+            return step.init(params, key).add_slot(STOP, jnp.asarray(False))
 
         def apply(state, gradients, control):
             new, metrics = step.apply(state, gradients, control)
@@ -57,7 +57,7 @@ def skip_nonfinite(max_consecutive: int = 10) -> StepTransform:
     def transform(step: Step) -> Step:
         def init(params, key):
             zero = lambda: jnp.zeros((), jnp.int32)
-            return step.init(params, key).with_slot(SKIP, {"total": zero(), "consecutive": zero()})
+            return step.init(params, key).add_slot(SKIP, {"total": zero(), "consecutive": zero()})
 
         def apply(state, gradients, control):
             new, metrics = step.apply(state, gradients, control)

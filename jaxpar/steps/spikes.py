@@ -48,7 +48,7 @@ def skip_spikes(sigma: float = 6.0, window: int = 128, max_consecutive: int = 10
         def init(params, key):
             slot = {name: jnp.zeros(window, jnp.float32) for name in ("losses", "norms")}
             slot |= {name: jnp.zeros((), jnp.int32) for name in ("count", "total", "consecutive")}
-            return step.init(params, key).with_slot(SPIKES, slot)
+            return step.init(params, key).add_slot(SPIKES, slot)
 
         def apply(state, gradients, control):
             slot = state.slots[SPIKES]
