@@ -56,23 +56,43 @@ class Examples:
         indices = np.asarray(indices, np.int64)
         piece = np.searchsorted(self._first_row, indices, side="right") - 1
         begin = self._begin[piece] + (indices - self._first_row[piece]) * self.length
-        at_BxN = begin[:, None] + np.arange(self.length + 1)[None]
-        real_BxN = at_BxN < self._end[piece][:, None]
-        at_BxN = np.minimum(at_BxN, len(self.stream.tokens) - 1)
-        ids_BxN = np.where(real_BxN, self.stream.tokens[at_BxN], self.pad).astype(np.int32)
+        end = np.minimum(begin + self.length + 1, self._end[piece])
 
+        # Chunks: the parts of documents in these rows, row after row. A search for each of them, and none for each
+        # token, is what makes this fast; the rest is counting on.
         starts = self.stream.starts
-        document_BxN = np.searchsorted(starts, at_BxN, side="right") - 1
-        token, target = (document_BxN[:, :-1], document_BxN[:, 1:])
-        both = real_BxN[:, :-1] & real_BxN[:, 1:]
-        weights = np.where(both & (token == target), self.stream.weights[token], 0.0)
+        first = np.searchsorted(starts, begin, side="right") - 1
+        counts = np.searchsorted(starts, end - 1, side="right") - first
+        row = np.repeat(np.arange(len(indices)), counts)
+        part = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        document = first[row] + part
         # A document that began in an earlier row counts from this row's first token: that is what it can see.
-        positions = at_BxN[:, :-1] - np.maximum(starts[token], begin[:, None])
-        real = real_BxN[:, :-1]
+        start = np.maximum(starts[document], begin[row])
+        sizes = np.minimum(starts[document + 1], end[row]) - start
+
+        # For each token: its place in the stream and in its chunk.
+        spread = lambda values: np.repeat(values, sizes)
+        within = np.arange(int(sizes.sum())) - spread(np.cumsum(sizes) - sizes)
+        place = spread(start) + within
+        shape = (len(indices), self.length + 1)
+        filled = None if len(place) == shape[0] * shape[1] else spread(row * shape[1] + start - begin[row]) + within
+
+        def grid(values: np.ndarray, empty: int | float) -> np.ndarray:
+            if filled is None:  # no padding: all are in their places already
+                return values.reshape(shape)
+            found = np.full(shape, empty, values.dtype)
+            found.reshape(-1)[filled] = values
+            return found
+
+        ids_BxN = grid(np.asarray(self.stream.tokens)[place].astype(np.int32), self.pad)
+        positions_BxN = grid(within.astype(np.int32), 0)
+        segments_BxN = grid(spread((part + 1).astype(np.int32)), 0)
+        weights_BxN = grid(spread(self.stream.weights[document]), 0.0)
+        together = (segments_BxN[:, :-1] == segments_BxN[:, 1:]) & (segments_BxN[:, 1:] > 0)
         return {
             "tokens": ids_BxN[:, :-1],
             "targets": ids_BxN[:, 1:],
-            "weights": weights.astype(np.float32),
-            "positions": np.where(real, positions, 0).astype(np.int32),
-            "segments": np.where(real, token - token[:, :1] + 1, 0).astype(np.int32),
+            "weights": np.where(together, weights_BxN[:, 1:], np.float32(0)),
+            "positions": positions_BxN[:, :-1],
+            "segments": segments_BxN[:, :-1],
         }

@@ -115,6 +115,18 @@ def test_text_beyond_the_most_is_not_counted(monkeypatch):
     assert bigram.fit(stream_of(documents), V).counts.sum() == 2
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
+def test_counted_in_parts(monkeypatch, chunk):
+    documents = [[0, 1, 2, 3, 0], [4], [4, 5, 4, 5], [1, 1]]
+    whole = bigram.fit(stream_of(documents), 4000)
+    monkeypatch.setattr(bigram, "CHUNK", chunk)
+    parts = bigram.fit(stream_of(documents), 4000)
+    np.testing.assert_array_equal(parts.pairs, whole.pairs)
+    np.testing.assert_array_equal(parts.counts, whole.counts)
+    assert parts.counts.sum() == 4 + 3 + 1
+    assert parts.alpha == whole.alpha
+
+
 @pytest.mark.parametrize("documents", [[[1, 2]], [[1], [2]], [[3]]])
 def test_tiny_text(documents):
     model = bigram.fit(stream_of(documents), V)
