@@ -75,7 +75,7 @@ def start(arguments: Sequence[str | Path], *, devices: int = 1, cwd: Path = ROOT
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = {**keep, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", **environment}
     # Removed when the Process is forgotten.
-    file = tempfile.NamedTemporaryFile(prefix="process-", suffix=".log")  # noqa: SIM115
+    file = tempfile.NamedTemporaryFile(prefix="process-", suffix=".log")
     popen = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,

@@ -91,7 +91,7 @@ def test_tensorboard_forgets_what_is_done_again(tmp_path):
 def test_a_full_disk_is_a_sentence(tmp_path):
     writer = JsonLines(tmp_path / "m.jsonl")
     writer._file.close()
-    writer._file = open("/dev/full", "w")  # noqa: SIM115
+    writer._file = open("/dev/full", "w")
     with pytest.raises(UserError, match=r"metrics cannot be written to .*m\.jsonl: No space left on device"):
         writer.write(1, {"loss": 1.0})
     with pytest.raises(UserError, match="metrics cannot be written to"):
