@@ -31,6 +31,10 @@ class Process:
     popen: subprocess.Popen
     file: tempfile._TemporaryFileWrapper = field(repr=False)
 
+    def __del__(self):
+        # Or the file's own warning comes in whatever test runs when it is collected.
+        self.file.close()
+
     @property
     def output(self) -> str:
         return Path(self.file.name).read_text(errors="replace")
