@@ -205,6 +205,9 @@ assert "jax" not in sys.modules, "importing configurations imports JAX"
 packages = sorted(m.name for m in pkgutil.walk_packages(jaxpar.__path__, "jaxpar.") if m.ispkg)
 root = str(pathlib.Path(jaxpar.__file__).resolve().parent.parent)
 files = {n: m.__file__ for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").startswith(root)}
+# An environment may stand in the checkout: `make train` makes one there.
+installed = tuple(str(pathlib.Path(p).resolve()) for p in sys.path if p.rstrip("/").endswith("-packages"))
+files = {n: f for n, f in files.items() if not f.startswith(installed)}
 ours = {n: f for n, f in files.items() if n.startswith("jaxpar")}
 print(json.dumps({"ours": ours, "others": sorted(set(files) - set(ours)), "packages": packages}))
 """
