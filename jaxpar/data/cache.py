@@ -15,7 +15,10 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
+import zlib
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +31,17 @@ from jaxpar.data.sources.base import Document, manifest
 from jaxpar.data.tokenizers import Tokenizer
 from jaxpar.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 META = "meta.json"
 BATCH = 64
 """Documents that are tokenised together."""
 STALE = 24 * 3600.0
 """Seconds after which an unfinished folder belongs to nobody."""
+BLOCK = 16 * 2**20
+"""Bytes of tokens under one check sum."""
+CHECKED = 256 * 2**20
+"""Bytes of tokens that are checked in full when they are opened (0.1 s); of more, the first and the last block."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,13 @@ class Stream:
       tokens: [n] token ids, memory-mapped; each document ends with the end-of-document id.
       starts: int64 [N + 1], where each document starts, and n.
       weights: float32 [N], the loss weight of each document.
+      digest: of all three: equal for equal contents, wherever and whenever they were made.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     weights: np.ndarray
+    digest: str = ""
 
 
 def fingerprint(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def is_held_out(text: bytes, fraction: float) -> bool:
 def open_or_build(
     config: DataConfig, tokenizer: Tokenizer, say: Callable[[str], None] = print
 ) -> tuple[dict[str, Stream], str]:
-    """Both splits, and the fingerprint's digest.
+    """Both splits, and the name of the folder that holds them.
 
     Raises:
       UserError: an empty corpus, a document that cannot be read, or no space.
@@ -134,16 +143,27 @@ def _open(folder: Path) -> dict[str, Stream]:
             count = int(starts[-1])
             # An empty file cannot be mapped.
             tokens = np.memmap(folder / f"{split}.tokens", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
-            found[split] = Stream(tokens, starts, weights)
+            _check_tokens(f"{split}.tokens", tokens, wanted["crc32"])
+            found[split] = Stream(tokens, starts, weights, wanted["digest"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         raise _TornError(str(error)) from None
     return found
 
 
+def _check_tokens(name: str, tokens: np.ndarray, sums: list[int]) -> None:
+    data = np.asarray(tokens).view(np.uint8)
+    blocks = -(-len(data) // BLOCK)
+    if len(sums) != blocks:
+        raise _TornError(f"{META} has {len(sums)} check sums for the {blocks} blocks of {name}")
+    for i in range(blocks) if len(data) <= CHECKED else (0, blocks - 1):
+        if zlib.crc32(data[i * BLOCK : (i + 1) * BLOCK]) != sums[i]:
+            raise _TornError(f"{name} has another check sum, near byte {i * BLOCK}")
+
+
 def _checksum(*arrays: np.ndarray) -> str:
     hashed = hashlib.blake2b(digest_size=8)
-    for array in arrays:
-        hashed.update(array.tobytes())
+    for values in arrays:
+        hashed.update(values.tobytes())
     return hashed.hexdigest()
 
 
@@ -157,6 +177,9 @@ def _build(config: DataConfig, tokenizer: Tokenizer, folder: Path, content: Any)
         with contextlib.ExitStack() as stack:
             writers = {split: _SplitWriter(work, split, dtype, stack) for split in SPLITS}
             _tokenise(config, tokenizer, writers)
+        if fingerprint(config, tokenizer) != content:
+            changed = " or ".join(s.describe() for s in (config.source, config.validation_source) if s is not None)
+            raise UserError(f"{changed} changed while it was being tokenised; run again")
         meta = {"content": content, "splits": {split: w.finish() for split, w in writers.items()}}
         _write_synced(work / META, json.dumps(meta).encode())
         # Another process may have been faster: its folder holds the same.
@@ -176,16 +199,21 @@ class _SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: np.dtype, stack: contextlib.ExitStack):
         self.folder, self.split, self.dtype = folder, split, dtype
         self.file = stack.enter_context(open(folder / f"{split}.tokens", "wb"))
-        self.lengths: list[int] = []
-        self.weights: list[float] = []
+        # Arrays and not lists: there may be a hundred million documents.
+        self.lengths = array("q")
+        self.weights = array("f")
+        self.hashed = hashlib.blake2b(digest_size=12)
 
     def add(self, ids: np.ndarray, weight: float) -> None:
-        self.file.write(ids.astype(self.dtype).tobytes())
+        data = ids.astype(self.dtype).tobytes()
+        self.file.write(data)
+        self.hashed.update(data)
         self.lengths.append(len(ids))
         self.weights.append(weight)
 
     def finish(self) -> dict[str, Any]:
-        starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
+        lengths = np.frombuffer(self.lengths, np.int64) if self.lengths else np.empty(0, np.int64)
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         weights = np.asarray(self.weights, np.float32)
         np.save(self.folder / f"{self.split}.starts.npy", starts)
         np.save(self.folder / f"{self.split}.weights.npy", weights)
@@ -194,9 +222,17 @@ class _SplitWriter:
             _sync(self.folder / name)
         return {
             "files": {name: (self.folder / name).stat().st_size for name in names},
-            "checksum": _checksum(starts, weights),
+            "checksum": (checksum := _checksum(starts, weights)),
+            "crc32": _crc32(self.folder / names[0]),
+            "digest": digest([self.hashed.hexdigest(), checksum, self.dtype.name]),
             "dtype": self.dtype.name,
         }
+
+
+def _crc32(file: Path) -> list[int]:
+    """Of each block."""
+    with open(file, "rb") as f:
+        return [zlib.crc32(block) for block in iter(lambda: f.read(BLOCK), b"")]
 
 
 def _tokenise(config: DataConfig, tokenizer: Tokenizer, writers: dict[str, _SplitWriter]) -> None:
@@ -245,24 +281,39 @@ def _check_bytes(document: Document, tokenizer: Tokenizer) -> None:
 
 
 class _Bar:
-    """Progress of a build: nothing for the first second, so that a small corpus is quiet."""
+    """Progress of a build: nothing for the first second, so that a small corpus is quiet; then a bar in a terminal or
+    notebook, and a line every ten seconds elsewhere."""
 
-    def __init__(self, text: str):
-        self.text = text
+    def __init__(self, text: str, every: float = 10.0, clock: Callable[[], float] = time.monotonic):
+        self.text, self.every, self.clock = text, every, clock
 
     def __enter__(self) -> _Bar:
-        from tqdm import tqdm
+        from jaxpar.report.progress import choose
 
-        self._bar = tqdm(
-            total=100, desc=self.text, unit="%", delay=1.0, leave=False, bar_format="{l_bar}{bar}| {elapsed}"
-        )
+        self._began = self._printed = self.clock()
+        self._bar = None
+        if choose("auto", sys.stderr) != "lines":
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=100, desc=self.text, unit="%", delay=1.0, leave=False, bar_format="{l_bar}{bar}| {elapsed}"
+            )
         return self
 
     def update(self, done: float) -> None:
-        self._bar.update(max(0, int(100 * done) - self._bar.n))
+        """`done`: the part of the source that was read, from 0 to 1."""
+        if self._bar is not None:
+            self._bar.update(max(0, int(100 * done) - self._bar.n))
+        elif (now := self.clock()) - self._printed >= self.every:
+            from jaxpar.report.progress import duration
+
+            self._printed = now
+            left = duration((now - self._began) * (1 - done) / done) if done > 0 else "?"
+            print(f"{self.text}: {done:.0%}, {left} left", file=sys.stderr, flush=True)
 
     def __exit__(self, *_) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _sweep(parent: Path) -> None:

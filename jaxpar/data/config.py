@@ -84,8 +84,11 @@ def cache_dir(config: DataConfig) -> Path:
 
 def vocabulary_of(config: DataConfig) -> int:
     """The model's vocabulary: the tokenizer's, rounded up to a multiple."""
-    multiple = config.vocabulary_multiple
-    return -(-config.tokenizer.load().size // multiple) * multiple
+    return round_up(config.tokenizer.load().size, config.vocabulary_multiple)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 __all__ = [

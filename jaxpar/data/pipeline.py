@@ -8,6 +8,7 @@ hold.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxpar.data import bigram, cache
-from jaxpar.data.config import DataConfig, vocabulary_of
+from jaxpar.data.config import DataConfig, round_up
 from jaxpar.data.packing import Examples
 
 
@@ -35,14 +36,15 @@ class Pipeline:
     def __init__(self, config: DataConfig, say: Callable[[str], None] = print):
         self.config = config
         self.tokenizer = config.tokenizer.load()
-        self.vocabulary = vocabulary_of(config)
-        streams, name = _open_together(config, self.tokenizer, say)
+        self.vocabulary = round_up(self.tokenizer.size, config.vocabulary_multiple)
+        streams = _open_together(config, self.tokenizer, say)
         self._streams = streams
         pad = self.tokenizer.eod
         self.train = Examples(streams["train"], config.length, config.packing, pad, "the training split")
         self.held_out = Examples(streams["validation"], config.length, config.packing, pad, "the validation split")
         self.fingerprint = {
-            "contents": name,
+            # Of the tokens, not of files and their dates: a moved or copied corpus is the same.
+            "contents": cache.digest([stream.digest for stream in streams.values()]),
             "length": config.length,
             "packing": config.packing,
             "shuffle": config.shuffle,
@@ -56,7 +58,10 @@ class Pipeline:
 
         order = grain.MapDataset.range(len(self.train))
         if self.config.shuffle:
-            order = order.shuffle(seed=self.config.seed)
+            # grain shuffles pass p with seed + p, so that neighbouring seeds would share all but one of their orders:
+            # they are spread out first.
+            spread = hashlib.blake2b(b"order %d" % self.config.seed, digest_size=4).digest()
+            order = order.shuffle(seed=int.from_bytes(spread, "little"))
         return order.repeat()
 
     @cached_property
@@ -118,7 +123,7 @@ def _open_together(config: DataConfig, tokenizer: Any, say: Callable[[str], None
     import jax
 
     if jax.process_count() == 1:
-        return cache.open_or_build(config, tokenizer, say)
+        return cache.open_or_build(config, tokenizer, say)[0]
     from jax.experimental import multihost_utils
 
     quiet = lambda text: None
@@ -126,14 +131,14 @@ def _open_together(config: DataConfig, tokenizer: Any, say: Callable[[str], None
     problem, found = None, None
     if first:
         try:
-            found = cache.open_or_build(config, tokenizer, say)
+            found = cache.open_or_build(config, tokenizer, say)[0]
         except Exception as error:
             problem = error
     # Every process must come here, or the others wait for ever.
     multihost_utils.sync_global_devices("jaxpar tokenised cache")
     if problem is not None:
         raise problem
-    return found if first else cache.open_or_build(config, tokenizer, quiet)
+    return found if first else cache.open_or_build(config, tokenizer, quiet)[0]
 
 
 def _sharded(make: Callable[[np.ndarray], dict[str, np.ndarray]], rows: int, length: int, sharding: Any) -> Any:

@@ -97,6 +97,13 @@ def _truncate(folder):
         f.truncate(100)
 
 
+def _flip(folder):
+    file = folder / "train.tokens"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
 def _longer(folder):
     with open(folder / "validation.tokens", "ab") as f:
         f.write(b"xx")
@@ -143,7 +150,7 @@ def _missing(name):
     return remove
 
 
-DAMAGE = [_truncate, _longer, _table, _weights, _header, _meta_garbage, _meta_list, _meta_split]
+DAMAGE = [_truncate, _flip, _longer, _table, _weights, _header, _meta_garbage, _meta_list, _meta_split]
 DAMAGE += [_missing(n) for n in ("meta.json", "train.tokens", "train.starts.npy", "validation.weights.npy")]
 
 
@@ -365,6 +372,59 @@ def test_moved_text_is_the_same_cache(corpus, tmp_path):
     (tmp_path / "corpus.jsonl").rename(tmp_path / "elsewhere" / "corpus.jsonl")
     moved = Jsonl(str(tmp_path / "elsewhere" / "corpus.jsonl"), weight_field="w")
     assert open_(config_of(tmp_path, source=moved))[1] == before
+
+
+class Writer(ByteTokenizer):
+    """Changes the text while it is read."""
+
+    identity = "writer"
+
+    def __init__(self, file):
+        self.file = file
+
+    def encode_batch(self, texts):
+        new = self.file.with_name("new")
+        new.write_text(json.dumps({"text": "other", "w": 1}) + "\n")
+        new.replace(self.file)
+        return super().encode_batch(texts)
+
+
+def test_text_that_changes_meanwhile(corpus, tmp_path):
+    with pytest.raises(UserError, match="changed while it was being tokenised; run again"):
+        open_(corpus, Writer(tmp_path / "corpus.jsonl"))
+    assert os.listdir(tmp_path / "cache") == []
+    open_(corpus)
+
+
+@pytest.mark.parametrize("checked", [10**9, 0])
+def test_check_sums_of_blocks(corpus, monkeypatch, checked):
+    """Of large files, the first and the last block are checked."""
+    monkeypatch.setattr(cache, "BLOCK", 1000)
+    monkeypatch.setattr(cache, "CHECKED", checked)
+    _, folder, _ = open_(corpus)
+    file = folder / "train.tokens"
+    data = file.read_bytes()
+    assert len(data) > 3000
+    assert open_(corpus)[2] == []
+    for place, told in ((0, True), (1500, checked > 0), (len(data) - 1, True)):
+        damaged = bytearray(data)
+        damaged[place] ^= 4
+        file.write_bytes(damaged)
+        assert bool(open_(corpus)[2]) == told
+        file.write_bytes(data)
+
+
+def test_progress_in_lines(capsys):
+    now = 0.0
+    with cache._Bar("tokenising it", clock=lambda: now) as bar:
+        for seconds in range(0, 40, 4):
+            now = float(seconds)
+            bar.update(seconds / 40)
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenising it: 30%, 0:28 left",
+        "tokenising it: 60%, 0:16 left",
+        "tokenising it: 90%, 0:04 left",
+    ]
 
 
 class Wild(ByteTokenizer):
