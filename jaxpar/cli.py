@@ -122,6 +122,9 @@ def _dispatch(argv: list[str]) -> int | None:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}{hint}")
+    from jaxpar import host_memory
+
+    host_memory.settle()
     return COMMANDS[name].run(rest)
 
 

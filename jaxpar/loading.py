@@ -67,23 +67,38 @@ def run_checkpoints(path: Path) -> Path | None:
 
 
 def _run_model(path: Path):
-    """The configuration of a run and the parameters of its newest checkpoint, on one device, whatever mesh wrote them."""
+    """The configuration of a run and the parameters of its newest checkpoint, on one device, whatever mesh wrote them.
+
+    Where the run keeps an average of its parameters it is the average, as in the run's own evaluation and sample.
+    """
     import jax
+    import jax.numpy as jnp
 
     from jaxpar import serialise
     from jaxpar.checkpoint import load as load_part
     from jaxpar.config import RunConfig
     from jaxpar.models import decoder, spec
+    from jaxpar.steps.ema import EMA, corrected
 
-    def target(meta):
-        cfg = serialise.from_json(ModelConfig, meta.config["model"], "config.model")
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), spec.abstract(decoder.spec(cfg))
-        )
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    there = lambda s, dtype=None: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sharding)
+    abstract = lambda meta: spec.abstract(
+        decoder.spec(serialise.from_json(ModelConfig, meta.config["model"], "config.model"))
+    )
 
-    params, meta = load_part(run_checkpoints(path), "params", target)
-    return serialise.from_json(RunConfig, meta.config), params, f"{path}, step {meta.step}"
+    def average(meta):
+        leaves = jax.tree.map(lambda s: there(s, jnp.float32), abstract(meta))
+        return {"average": leaves, "count": there(jax.ShapeDtypeStruct((), jnp.int32))}
+
+    folder = run_checkpoints(path)
+    params, meta = load_part(folder, "params", lambda meta: jax.tree.map(there, abstract(meta)))
+    config, label = serialise.from_json(RunConfig, meta.config), f"{path}, step {meta.step}"
+    if config.step.ema is not None:
+        # A run that is writing may have saved again: what is averaged then is newer, and whole in itself.
+        slot, meta = load_part(folder, f"slots/{EMA}", average)
+        params = jax.jit(corrected, static_argnums=2)(slot, params, config.step.ema.decay)
+        label = f"{path}, step {meta.step}, averaged parameters"
+    return config, params, label
 
 
 def _run(path: Path) -> Loaded:

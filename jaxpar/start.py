@@ -1,4 +1,4 @@
-"""What must happen before JAX starts: fake devices, the compile cache, other processes."""
+"""What must happen before JAX starts: fake devices, the allocator, the compile cache, other processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def start(
     if fake_devices is not None:
         fake(fake_devices)
     from jaxpar import compile_cache as cache
-    from jaxpar import distributed
+    from jaxpar import distributed, host_memory
 
+    host_memory.settle()
     distributed.initialise(coordinator, processes, process)
     cache.enable(compile_cache, say=say)

@@ -12,7 +12,7 @@ from flax import struct
 from jaxpar.models import cache as kv
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, dropout
-from jaxpar.models.positions import Rope, rotate
+from jaxpar.models.positions import Rope, rotate, turns
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 from jaxpar.pallas_kernels.attention import MaskSpec
 
@@ -79,7 +79,7 @@ class Tables:
     """What layers of one kind share, made once for all layers. U kinds.
 
     Attributes:
-      cos, sin: float32 [U, B, T, R], where positions are rotary.
+      cos, sin: float32 [U, B, T, 2R], see `positions.turns`, where positions are rotary.
       slots: int32 [B, T], the cache slots of the new tokens, where there is a cache.
       windows: the attention span of each kind, or None where no layer slides (static).
     """
@@ -97,10 +97,12 @@ def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
     distinct = kinds(cfg)
     cos = sin = slots = windows = None
     if isinstance(cfg.positions, Rope):
-        turns = [cfg.positions.frequencies(cfg.head_size, local) for local in distinct]
-        angles = [positions_BxT[:, :, None] * jnp.asarray(f, jnp.float32)[None, None, :] for f, _ in turns]
-        cos = jnp.stack([jnp.cos(a) * scale for a, (_, scale) in zip(angles, turns, strict=True)])
-        sin = jnp.stack([jnp.sin(a) * scale for a, (_, scale) in zip(angles, turns, strict=True)])
+        pairs = []
+        for local in distinct:
+            frequencies, scale = cfg.positions.frequencies(cfg.head_size, local)
+            angles_BxTxR = positions_BxT[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None, :]
+            pairs.append(turns(angles_BxTxR, scale))
+        cos, sin = (jnp.stack(kind) for kind in zip(*pairs, strict=True))
     if ctx.cache is not None:
         slots = ctx.cache.lens[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     if any(distinct):

@@ -140,14 +140,21 @@ class Rope:
         }
 
 
-def rotate(x_BxTxHxK, cos_BxTxR, sin_BxTxR):
-    """Turn the first 2R of K dimensions of each head: pairs are (i, i + R). Computed in float32."""
-    half = cos_BxTxR.shape[-1]
-    x = x_BxTxHxK.astype(jnp.float32)
-    cos, sin = cos_BxTxR[:, :, None, :], sin_BxTxR[:, :, None, :]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
-    return turned.astype(x_BxTxHxK.dtype)
+def turns(angles_BxTxR, scale=1.0):
+    """Cosines and sines [B, T, 2R] as `rotate` takes them, from the angles of R pairs."""
+    cos, sin = jnp.cos(angles_BxTxR) * scale, jnp.sin(angles_BxTxR) * scale
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+
+
+def rotate(x_BxTxHxK, cos_BxTxN, sin_BxTxN):
+    """Turn the first N of K dimensions of each head: pairs are (i, i + N/2). Computed in float32."""
+    N = cos_BxTxN.shape[-1]
+    x = x_BxTxHxK[..., :N].astype(jnp.float32)
+    # The halves are swapped by a reversal, whose gradient is a reversal too; that of slices would be zeros and sums.
+    swapped = jnp.flip(x.reshape(*x.shape[:-1], 2, N // 2), -2).reshape(x.shape)
+    turned = x * cos_BxTxN[:, :, None, :] + swapped * sin_BxTxN[:, :, None, :]
+    turned = turned.astype(x_BxTxHxK.dtype)
+    return turned if x.shape == x_BxTxHxK.shape else jnp.concatenate([turned, x_BxTxHxK[..., N:]], axis=-1)
 
 
 @dataclass(frozen=True)

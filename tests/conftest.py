@@ -16,6 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from jaxpar import host_memory  # noqa: E402
+
+host_memory.settle()
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

@@ -30,6 +30,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from jaxpar import host_memory
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -138,8 +140,12 @@ def torch_step(size: Size, dtype: str, compiled: bool):
     return run, None
 
 
+PLAIN = "plain malloc"
+"""jaxpar without `host_memory.settle`, on a CPU."""
+
 CONTENDERS = {
     "jaxpar": jaxpar_step,
+    PLAIN: jaxpar_step,
     "torch eager": lambda size, dtype: torch_step(size, dtype, compiled=False),
     "torch compile": lambda size, dtype: torch_step(size, dtype, compiled=True),
 }
@@ -148,6 +154,8 @@ CONTENDERS = {
 def worker(name: str, size: Size, dtype: str, pipe) -> None:
     """A contender's process: a step for each message, and the seconds back."""
     try:
+        if name == "jaxpar":
+            host_memory.settle()  # as every run of jaxpar does
         run, flops = CONTENDERS[name](size, dtype)
         first = time.perf_counter()
         run()
@@ -166,7 +174,7 @@ def worker(name: str, size: Size, dtype: str, pipe) -> None:
 
 def peak_bytes(name: str) -> int:
     """Peak memory: of the device where it has memory of its own, else of the process."""
-    if name == "jaxpar":
+    if not name.startswith("torch"):
         import jax
 
         if stats := jax.local_devices()[0].memory_stats():
@@ -194,6 +202,7 @@ def compare(size: Size, dtype: str, names: list[str], rounds: int) -> dict:
     seconds = {name: [] for name in pipes}
     for _ in range(rounds):
         for name, (pipe, _) in pipes.items():
+            time.sleep(0.25)  # the threads of the one before spin a while before they sleep
             pipe.send(True)
             seconds[name].append(pipe.recv())
     for name, (pipe, process) in pipes.items():
@@ -205,7 +214,7 @@ def compare(size: Size, dtype: str, names: list[str], rounds: int) -> dict:
         found[name]["tokens_per_second"] = tokens / statistics.median(seconds[name])
         found[name]["seconds"] = seconds[name]
         for other in pipes:
-            if other.startswith("torch") and name == "jaxpar":
+            if other != name == "jaxpar":
                 ratios = [b / a for a, b in zip(seconds[name], seconds[other], strict=True)]
                 found[name][f"ratio to {other}"] = statistics.median(ratios)
     return {"size": asdict(size), "dtype": dtype, "rounds": rounds, "contenders": found}
@@ -234,20 +243,20 @@ def describe() -> dict:
     }
 
 
-def table(results: list[dict], peak: float | None) -> str:
-    lines = [f"{'size':<8}{'dtype':<10}{'contender':<15}{'tokens/s':>10}{'peak MB':>9}{'MFU':>7}{'ratio':>7}"]
+def table(results: list[dict], peak: float | None, head: bool = True) -> str:
+    names = f"{'size':<8}{'dtype':<10}{'contender':<15}{'tokens/s':>10}{'peak MB':>9}{'MFU':>7}{'ratio':>7}"
+    lines = [names] if head else []
     for result in results:
         for name, f in result["contenders"].items():
-            head = f"{result['size']['name']:<8}{result['dtype']:<10}{name:<15}"
+            row = f"{result['size']['name']:<8}{result['dtype']:<10}{name:<15}"
             if "error" in f:
-                lines.append(f"{head}{'not measured: ' + f['error']}")
+                lines.append(f"{row}{'not measured: ' + f['error']}")
                 continue
             flops = result["contenders"]["jaxpar"].get("flops_per_token")
             mfu = f"{f['tokens_per_second'] * flops / peak:7.1%}" if peak and flops else f"{'-':>7}"
-            ratios = [v for k, v in f.items() if k.startswith("ratio")]
+            ratios = [v for k, v in f.items() if k.startswith("ratio to torch")]
             ratio = f"{min(ratios):7.2f}" if ratios else f"{'-':>7}"
-            lines.append(f"{head}{f['tokens_per_second']:>10,.0f}{f['peak_bytes'] / 1e6:>9,.0f}{mfu}{ratio}")
-    lines.append("ratio: jaxpar's speed over the faster PyTorch's, median over rounds; above 1 jaxpar is faster")
+            lines.append(f"{row}{f['tokens_per_second']:>10,.0f}{f['peak_bytes'] / 1e6:>9,.0f}{mfu}{ratio}")
     return "\n".join(lines)
 
 
@@ -257,6 +266,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender that are counted")
     parser.add_argument("--sizes", nargs="*", help="of small, medium, large")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--plain-malloc", action="store_true", help="also jaxpar without its setting of the allocator")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     options = parser.parse_args(argv)
     import jax
@@ -270,11 +280,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
         sizes = [s for s in sizes if s.name in options.sizes]
     dtypes = ["float32"] if options.quick else ["bfloat16"] if gpu else options.dtypes
     with_torch = about["versions"]["torch"] is not None and not options.quick
-    names = [name for name in CONTENDERS if with_torch or name == "jaxpar"]
-    results = [
-        compare(size, dtype, names, 3 if options.quick else options.rounds) for size in sizes for dtype in dtypes
+    names = [
+        "jaxpar",
+        *[PLAIN] * options.plain_malloc,
+        *[n for n in CONTENDERS if with_torch and n.startswith("torch")],
     ]
-    print(table(results, flops.peak(jax.devices()[0].device_kind)))
+    peak, results = flops.peak(jax.devices()[0].device_kind), []
+    for size in sizes:
+        for dtype in dtypes:
+            results.append(compare(size, dtype, names, 3 if options.quick else options.rounds))
+            # A long run that is cut keeps what it has measured.
+            print(table(results[-1:], peak, head=len(results) == 1), flush=True)
+    print("ratio: jaxpar's speed over the faster PyTorch's, median over rounds; above 1 jaxpar is faster")
     if not with_torch and not options.quick:
         print("PyTorch not measured: pip install 'jaxpar[bench]'")
     out = options.out or (None if options.quick else RESULTS / f"train_step_{about['platform']}.json")

@@ -49,12 +49,18 @@ def ema(decay: float = 0.999) -> StepTransform:
 
 
 def averaged(state: TrainState, decay: float) -> Any:
-    """The averaged parameters: divided by `1 - decay^count`, so that the first average is the first parameters.
+    """The averaged parameters of a state; before the first update: the parameters themselves."""
+    return corrected(state.slots[EMA], state.params, decay)
 
-    Before the first update: the parameters themselves.
+
+def corrected(slot: Any, params: Any, decay: float) -> Any:
+    """The average divided by `1 - decay^count`, so that the first average is the first parameters.
+
+    Args:
+      slot: see `ema`.
+      params: taken as they are where nothing was averaged yet; their dtypes are kept.
     """
-    slot = state.slots[EMA]
     weight = 1.0 - jnp.power(jnp.float32(decay), slot["count"].astype(jnp.float32))
     fresh = slot["count"] == 0
     safe = jnp.where(fresh, 1.0, weight)
-    return jax.tree.map(lambda m, p: jnp.where(fresh, p, (m / safe).astype(p.dtype)), slot["average"], state.params)
+    return jax.tree.map(lambda m, p: jnp.where(fresh, p, (m / safe).astype(p.dtype)), slot["average"], params)

@@ -169,9 +169,10 @@ def test_the_same_command_again_has_nothing_to_do_and_a_longer_one_goes_on(run, 
     assert [step for step, _ in losses(read_lines(tmp_path / "run" / "metrics.jsonl"))] == list(range(1, 9))
 
 
-def test_evaluation_and_sample_use_the_average(text_file, tmp_path):
+def test_evaluation_sample_and_generation_use_the_average(text_file, tmp_path):
     import jax
 
+    from jaxpar.loading import load
     from jaxpar.run import prepare
     from jaxpar.steps.ema import averaged
 
@@ -193,6 +194,12 @@ def test_evaluation_and_sample_use_the_average(text_file, tmp_path):
 
         assert prepared.evaluate() == pytest.approx(loss(average), rel=1e-5)
         assert abs(loss(average) - loss(prepared.state.params)) > 1e-3
+        prepared.save(wait=True)
+    # `generate` and `convert` take the same.
+    loaded = load(tmp_path / "run")
+    assert loaded.source.endswith("step 4, averaged parameters")
+    for got, expected in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "held_out/loss" in line] == [4]
 
 

@@ -1,0 +1,55 @@
+"""Freed memory stays with the process: the kernel's own count of page faults says so."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxpar import host_memory
+
+PROGRAM = """
+import resource, sys
+from jaxpar import host_memory
+kept = host_memory.keep() if sys.argv[1] == "keep" else None
+import jax, jax.numpy as jnp
+x = jnp.ones(16 * 2**20)
+@jax.jit
+def step(x):
+    for _ in range(4):  # 64 MB each, 16,384 pages; the barrier keeps them from being fused into one loop
+        x = jax.lax.optimization_barrier(jnp.sin(x))
+    return x.sum()
+for _ in range(6):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step(x).block_until_ready()
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+"""
+
+
+def faults(how: str) -> tuple[str, int]:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    run = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, env=env, check=True)
+    kept, count = run.stdout.split()
+    return kept, int(count)
+
+
+def test_a_step_faults_no_pages():
+    kept, few = faults("keep")
+    if kept == "False":
+        pytest.skip("the allocator is not glibc's")
+    _, many = faults("plain")
+    assert 2 * few < many
+
+
+@pytest.mark.parametrize(("platforms", "found"), [("cpu", False), ("cuda,cpu", True), ("tpu", True)])
+def test_the_platform_is_known_before_it_starts(platforms, found):
+    import jax
+
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        assert host_memory.accelerator() is found
+    finally:
+        jax.config.update("jax_platforms", before)
