@@ -21,8 +21,33 @@ def matmul(x, w, contract: int = 1):
     """
     inner = math.prod(w.shape[:contract])
     lead, outer = x.shape[: x.ndim - contract], w.shape[contract:]
-    y = x.reshape(*lead, inner) @ w.astype(x.dtype).reshape(inner, math.prod(outer))
+    y = _product(x.reshape(*lead, inner), w.astype(x.dtype).reshape(inner, math.prod(outer)))
     return y.reshape(*lead, *outer)
+
+
+@jax.custom_vjp
+def _product(x_xxN, w_NxM):
+    """`x @ w`, whose gradient by w is written so that the smaller of its two operands is the one to be transposed.
+
+    JAX's own rule always transposes the output's gradient; where a backend must copy to transpose (CPU), that is the
+    larger one in every projection that widens.
+    """
+    return x_xxN @ w_NxM
+
+
+def _product_fwd(x, w):
+    return x @ w, (x, w)
+
+
+def _product_bwd(kept, g_xxM):
+    x_xxN, w_NxM = kept
+    rows = tuple(range(x_xxN.ndim - 1))
+    over_rows = lambda a, b: jax.lax.dot_general(a, b, ((rows, rows), ((), ())))
+    N, M = w_NxM.shape
+    return g_xxM @ w_NxM.T, over_rows(x_xxN, g_xxM) if N <= M else over_rows(g_xxM, x_xxN).T
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def unconstrained(x, axes: tuple[str | None, ...]):

@@ -69,7 +69,7 @@ def _forward(blocks, scale, cap, q_BxTxHxK, k, v, mask, starts):
         top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
         # A row that sees nothing has top = -inf; -inf - -inf would be NaN.
         top = jnp.where(top == -jnp.inf, 0, top)
-        weights = jax.lax.optimization_barrier(jnp.exp(logits - top))
+        weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1)
         empty = total == 0
         lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + top[..., 0])
@@ -116,26 +116,28 @@ def _backward(blocks, scale, cap, kept, cotangents):
         first, last, begin, end = block
         d_rows = d_out[:, first:last]
         logits, slope = _logits(block, scale, cap, q, k, mask, starts)
-        weights = jax.lax.optimization_barrier(jnp.exp(logits - lse[..., first:last, None]))
+        weights = jnp.exp(logits - lse[..., first:last, None])
         d_weights = jnp.einsum("btgrk,bsgk->bgrts", d_rows, v[:, begin:end], preferred_element_type=precise)
         d_logits = weights * (d_weights - drop[..., first:last, None])
         if slope is not None:
             d_logits = d_logits * slope
-        d_logits = jax.lax.optimization_barrier((scale * d_logits).astype(q.dtype))
+        d_logits = (scale * d_logits).astype(q.dtype)
         dqs.append(jnp.einsum("bgrts,bsgk->btgrk", d_logits, k[:, begin:end]))
-        over_rows = partial(jnp.einsum, "bgrts,btgrk->bsgk", preferred_element_type=precise)
-        dks.append(over_rows(d_logits, q[:, first:last]))
-        dvs.append(over_rows(weights.astype(v.dtype), d_rows))
+        # The small operand first: where a backend must copy to transpose, it is not the T x S one.
+        over_rows = partial(jnp.einsum, "btgrk,bgrts->bgks", preferred_element_type=precise)
+        dks.append(over_rows(q[:, first:last], d_logits))
+        dvs.append(over_rows(d_rows, weights.astype(v.dtype)))
     dq = (dqs[0] if len(dqs) == 1 else jnp.concatenate(dqs, 1)).reshape(q_BxTxHxK.shape).astype(q.dtype)
     spans = [block[2:] for block in blocks]
-    return dq, _add_up(dks, spans, S).astype(k.dtype), _add_up(dvs, spans, S).astype(v.dtype), None, None
+    whole = lambda parts, like: jnp.transpose(_add_up(parts, spans, S), (0, 3, 1, 2)).astype(like.dtype)
+    return dq, whole(dks, k), whole(dvs, v), None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
 def _add_up(parts, spans, S: int):
-    """The sum of parts [B, end - begin, ...] that lie at `(begin, end)` of S keys.
+    """The sum of parts [..., end - begin] that lie at `(begin, end)` of S keys.
 
     Put together piece by piece: padding each part to S keys first would move far more memory.
     """
@@ -145,8 +147,8 @@ def _add_up(parts, spans, S: int):
     pieces = []
     for begin, end in itertools.pairwise(edges):
         covering = [
-            x[:, begin - b : end - b] for x, (b, e) in zip(parts, spans, strict=True) if b <= begin and end <= e
+            x[..., begin - b : end - b] for x, (b, e) in zip(parts, spans, strict=True) if b <= begin and end <= e
         ]
-        nothing = jnp.zeros_like(parts[0], shape=(parts[0].shape[0], end - begin, *parts[0].shape[2:]))
+        nothing = jnp.zeros_like(parts[0], shape=(*parts[0].shape[:-1], end - begin))
         pieces.append(sum(covering[1:], covering[0]) if covering else nothing)
-    return jnp.concatenate(pieces, axis=1)
+    return jnp.concatenate(pieces, axis=-1)
