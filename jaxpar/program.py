@@ -51,7 +51,12 @@ class Program:
 
     def init(self, key) -> Tree:
         """Initial parameters, each shard made where it belongs; bitwise the same on every mesh."""
-        return jax.jit(partial(specs.init, self.specs), out_shardings=self.param_shardings)(key)
+        # It runs once: on a CPU, LLVM's full effort at the generators of random numbers takes three times as long to
+        # compile and saves nothing.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 1} if on_cpu else None
+        fresh = partial(specs.init, self.specs)
+        return jax.jit(fresh, out_shardings=self.param_shardings, compiler_options=options)(key)
 
 
 def build(cfg: ModelConfig, mesh: Mesh, rules: Rules | None = None, *, rows: int | None = None) -> Program:

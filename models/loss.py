@@ -101,7 +101,8 @@ def _chunk(cap, ops, unembed, precise, gradients, x, targets, weights):
 
         def pull(d_logits):
             d = d_logits.astype(x.dtype)
-            dw = jnp.einsum("btv,btd->vd", d, x, preferred_element_type=precise)
+            # x first: a backend that must copy to transpose copies the smaller of the two.
+            dw = jnp.einsum("btd,btv->dv", x, d, preferred_element_type=precise).T
             return jnp.einsum("btv,vd->btd", d, w), dw
     else:
         project = lambda x, w: ops.matmul(x, w.T).astype(precise)
