@@ -11,5 +11,6 @@ Pure NumPy: nothing here imports JAX, and no device is needed.
     validate.py  every task once, no cycle, and what each action reads from its buffers
     simulate.py  makespan, bubble and memory under given costs
     choose.py    mixed or one-kind ticks, by cost
-    draw.py      an order as a text table or a picture
+    draw.py      a schedule as a text table or a picture
+    report.py    all of it in words, for `jaxpar schedule`
 """

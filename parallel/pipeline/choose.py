@@ -8,12 +8,14 @@ the first device); for zero-bubble schedules, whose kinds last about equally lon
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxpar.parallel.pipeline.orders import SCHEDULES, WarmUp, make
 from jaxpar.parallel.pipeline.simulate import Costs, Simulation, lockstep, simulate
 from jaxpar.parallel.pipeline.table import Keep, Table, Ticks, compile_table
-from jaxpar.parallel.pipeline.tasks import Kind
+from jaxpar.parallel.pipeline.tasks import Kind, Order
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,16 @@ def candidates(
     """Every form of a schedule, the fastest first. Among equally fast ones: one kind a tick, which runs without any
     branch and overlaps its messages; then fewer slots. Arguments as for `orders.make`; costs are of a virtual stage."""
     warm_ups: tuple[WarmUp, ...] = ("least", "double") if name == "1f1b" and chunks in (None, 1) else ("least",)
+    orders = {w: make(name, devices, microbatches, chunks, warm_up=w) for w in warm_ups}
+    return forms(orders, costs, keep)
+
+
+def forms(
+    orders: Mapping[WarmUp, Order], costs: Costs | None = None, keep: Keep = "residuals"
+) -> tuple[Candidate, ...]:
+    """Both forms of each of these orders, sorted as `candidates` says."""
     found = []
-    for warm_up in warm_ups:
-        order = make(name, devices, microbatches, chunks, warm_up=warm_up)
+    for warm_up, order in orders.items():
         for ticks in ("one-kind", "mixed"):
             table = compile_table(order, ticks, keep)
             found.append(Candidate(ticks, warm_up, table, lockstep(table, costs)))
@@ -120,12 +129,21 @@ def compare(
 def fsdp_seconds(devices: int, microbatches: int, costs: Costs, parameter_bytes: float) -> float:
     """What the same work takes with FSDP over the same devices (Rajbhandari et al. 2020, "ZeRO", stage 3).
 
-    Each device runs m/p microbatches through all p stages, m·(F + B) seconds as in an ideal pipeline. The weights are
-    gathered for the forward and for the backward pass, and their gradients are scattered, once a step: three times
-    (p-1)/p of the model's bytes over each device's link. Communication that overlaps fully is assumed: the step takes the
-    longer of the two.
+    Each device runs its share of the microbatches, m/p rounded up, through all p stages: m·(F + B) seconds where p
+    divides m, as in an ideal pipeline. The weights are gathered for the forward and for the backward pass, and their
+    gradients are scattered, once a step: `fsdp_traffic`. All of it is taken to overlap: a step takes the longer of both.
+
+    Args:
+      devices: p.
+      microbatches: m.
+      costs: of a device's whole stage.
+      parameter_bytes: of the whole model.
     """
     costs.check(devices)
-    work = sum(costs.seconds(Kind.F, s) + costs.seconds(Kind.B, s) for s in range(devices)) * microbatches / devices
-    traffic = 3 * (devices - 1) / devices * parameter_bytes / costs.bandwidth
-    return max(work, traffic)
+    model = sum(costs.seconds(Kind.F, s) + costs.seconds(Kind.B, s) for s in range(devices))
+    return max(math.ceil(microbatches / devices) * model, fsdp_traffic(devices, costs, parameter_bytes))
+
+
+def fsdp_traffic(devices: int, costs: Costs, parameter_bytes: float) -> float:
+    """Seconds in which a device's link carries three times (p-1)/p of the model's bytes."""
+    return 3 * (devices - 1) / devices * parameter_bytes / costs.bandwidth

@@ -51,6 +51,8 @@ def from_csv(source: str | Path, name: str | None = None) -> Order:
     if isinstance(source, str) and "\n" in source:
         text, name = source, name or "csv"
     else:
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"{source}: there is no such file of tasks")
         text, name = Path(source).read_text(), name or Path(source).stem
     tasks: list[tuple[Task, ...]] = []
     grid, orders = None, {}

@@ -34,6 +34,15 @@ def text(table: Table, first: int = 0, last: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def wrapped(table: Table, columns: int = 118) -> str:
+    """The whole table, in blocks of ticks that fit so many columns."""
+    width = max(
+        len(text(table, t, t + 1).splitlines()[1 + d]) for t in range(table.length) for d in range(table.devices)
+    )
+    each = max(1, (columns - 9) // (max(width - 9, len(str(table.length - 1))) + 1))
+    return "\n\n".join(text(table, t, t + each) for t in range(0, table.length, each))
+
+
 def plot(simulation: Simulation, file: str | Path) -> None:
     """The tasks of each device over time, as a picture (.png, .svg, .pdf).
 

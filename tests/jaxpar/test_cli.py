@@ -13,6 +13,7 @@ from jaxpar import __version__, manifest, options
 from jaxpar.cli import COMMANDS, main
 from jaxpar.commands.convert import ConvertConfig
 from jaxpar.commands.generate import GenerateConfig
+from jaxpar.commands.schedule import ScheduleConfig
 from jaxpar.commands.tokenizer import TokenizerConfig
 from jaxpar.presets import PRESETS, tiny
 from jaxpar.report.writers import read_lines
@@ -87,6 +88,7 @@ def test_the_version(capsys):
         ),
         ("explain", tiny(), ("how many devices lie along each axis", "--compile")),
         ("generate", GenerateConfig(), ("the most tokens to add", "divides the logits")),
+        ("schedule", ScheduleConfig(), ("devices along the pipeline", "or a .csv file of tasks")),
         ("convert", ConvertConfig(), ("new, or empty", "dtype")),
         ("tokenizer", TokenizerConfig(), ("number of token ids",)),
         ("doctor", None, ("what is installed",)),
