@@ -77,8 +77,9 @@ def plot(simulation: Simulation, file: str | Path) -> None:
         axes.invert_yaxis()
         axes.set_xlim(0, simulation.makespan or 1)
         axes.set_xlabel("seconds")
+        chunks = f"{order.chunks} chunks (the later the paler)" if order.chunks > 1 else "1 chunk"
         axes.set_title(
-            f"{order.name}: {order.devices} devices, {order.microbatches} microbatches, {order.chunks} chunk(s); "
+            f"{order.name}: {order.devices} devices, {order.microbatches} microbatches, {chunks}; "
             f"bubble {100 * simulation.bubble:.1f} % of the ideal time",
             fontsize=10,
         )

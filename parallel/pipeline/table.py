@@ -77,6 +77,12 @@ class Table:
     def devices(self) -> int:
         return self.kind.shape[1]
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """All arrays by name, to scan over: [T, P], messages [T, R, P]. The last dimension is the device's, so
+        `column[..., device]` is what one device follows. Slots have the names of BUFFERS."""
+        names = ("kind", "stage", "microbatch", "chunk", "first", "last", "receive_input", "receive_gradient")
+        return {name: getattr(self, name) for name in names} | dict(self.slot)
+
     @cached_property
     def row_kind(self) -> np.ndarray | None:
         """[T] the kind of each tick, or None where some tick has two."""

@@ -61,6 +61,14 @@ def test_one_kind_reaches_the_ideal_time_of_1f1b(p, m, f, b):
     assert table.slots["residual"] == min(2 * p - 1, m)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(2, 3), st.floats(0.5, 3), st.floats(0.5, 6))
+def test_one_kind_reaches_the_ideal_time_of_interleaved(p, groups, v, f, b):
+    order = orders.interleaved(p, groups * p, v)
+    costs = Costs(forward=f, backward=b).per_chunk(v)
+    assert lockstep(compile_table(order, "one-kind"), costs) == pytest.approx(simulate(order, costs).makespan)
+
+
 def test_the_measured_example():
     """p = 4, m = 8, B = 2F: 33 at best, 40 in mixed lock step."""
     costs = Costs(forward=1, backward=2)

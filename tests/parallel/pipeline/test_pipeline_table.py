@@ -87,6 +87,26 @@ def test_rings_and_routes():
         assert set(table.shifts_at(t)) <= set(table.shifts_of(Kind(table.row_kind[t])))
 
 
+def test_columns_are_what_one_device_follows():
+    """A machine that knows nothing but its own columns: what it sends and receives is what the order says."""
+    table = compile_table(orders.zb_v(3, 5))
+    columns = table.columns()
+    assert all(a.dtype == np.int32 and a.shape[0] == table.length and a.shape[-1] == 3 for a in columns.values())
+    buffers = [{} for _ in range(3)]
+    for t in range(table.length):
+        sent = [None] * 3
+        for d in range(3):
+            row = {name: column[t, ..., d] for name, column in columns.items()}
+            if row["kind"] == F:
+                x = [] if row["first"] else buffers[d]["x", int(row["input"])]
+                sent[d] = [*x, int(row["stage"])]
+                if row["last"]:
+                    assert sent[d] == list(range(6))
+        for route, shift in enumerate(table.shifts):
+            for d in range(3):
+                buffers[d]["x", int(columns["receive_input"][t, route, d])] = sent[(d - shift) % 3]
+
+
 def test_1f1b_of_one_kind_is_three_loops():
     table = compile_table(orders.one_f_one_b(4, 8, "double"), "one-kind")
     assert [(s.start, s.pattern, s.repeats) for s in segments(table.row_kind)] == [
