@@ -88,12 +88,12 @@ def training(cfg: ModelConfig, length: int | None = None) -> float:
 def hardware(cfg: ModelConfig, length: int | None = None, *, causal: bool = True) -> float:
     """FLOPs that training on one token makes the device do, with what `cfg.remat` computes again.
 
-    "full" runs the layers' forward pass again; "dots" keeps the projections and runs the scores again; "attention"
-    needs the scores' first product again for the weights. The output projection is never run again (its gradient is
-    taken together with the loss). Fused attention kernels, which keep no weights, do "attention"'s part in any case.
+    Attention keeps no weights, and runs its first product again (`scores / 2`) whatever the policy. "full" runs the
+    layers' forward pass again, "dots" no product. The output projection is never run again (its gradient is taken
+    together with the loss).
     """
     f = forward(cfg, length, causal=causal)
-    again = {"none": 0.0, "attention": f.scores / 2, "dots": f.scores, "full": f.layers}[cfg.remat]
+    again = f.scores / 2 + (f.layers if cfg.remat == "full" else 0.0)
     return 3 * f.total + again
 
 

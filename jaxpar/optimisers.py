@@ -47,7 +47,9 @@ def schedule(config: Schedule, steps: int) -> optax.Schedule:
     Raises:
       UserError: warm-up and decay that do not fit into `steps`.
     """
-    used = getattr(config, "warmup", 0) + getattr(config, "decay", 0)
+    length = lambda given, most: min(steps // 10, most) if given is None else given
+    warmup, decay = length(getattr(config, "warmup", 0), 100), length(getattr(config, "decay", 0), steps)
+    used = warmup + decay
     if used > steps:
         raise UserError(
             f"the schedule's warm-up and decay take {used} steps, but the run has {steps}; shorten them or train longer"
@@ -56,16 +58,16 @@ def schedule(config: Schedule, steps: int) -> optax.Schedule:
         case Constant():
             return optax.constant_schedule(config.peak)
         case WarmupCosine():
-            down = optax.cosine_decay_schedule(config.peak, max(steps - config.warmup, 1), config.final)
+            down = optax.cosine_decay_schedule(config.peak, max(steps - warmup, 1), config.final)
         case WarmupLinear():
-            down = optax.linear_schedule(config.peak, config.final * config.peak, max(steps - config.warmup, 1))
+            down = optax.linear_schedule(config.peak, config.final * config.peak, max(steps - warmup, 1))
         case WarmupStableDecay():
-            fall = optax.linear_schedule(config.peak, config.final * config.peak, max(config.decay, 1))
+            fall = optax.linear_schedule(config.peak, config.final * config.peak, max(decay, 1))
             flat = optax.constant_schedule(config.peak)
-            down = optax.join_schedules([flat, fall], [steps - config.warmup - config.decay])
+            down = optax.join_schedules([flat, fall], [steps - warmup - decay])
     # The first step already moves: count 0 has 1/warmup of the peak, not 0.
-    up = lambda count: config.peak * (count + 1) / max(config.warmup, 1)
-    return optax.join_schedules([up, down], [config.warmup])
+    up = lambda count: config.peak * (count + 1) / max(warmup, 1)
+    return optax.join_schedules([up, down], [warmup])
 
 
 def make(config: AnyOptimiser, specs: Tree, *, steps: int) -> optax.GradientTransformation:

@@ -31,12 +31,12 @@ class WarmupCosine:
 
     Attributes:
       peak: the highest learning rate.
-      warmup: steps of warm-up.
+      warmup: steps of warm-up. None: a tenth of the run, at most 100.
       final: the last learning rate, as a fraction of the peak.
     """
 
     peak: float = 1e-3
-    warmup: int = 100
+    warmup: int | None = None
     final: float = 0.1
 
 
@@ -46,12 +46,12 @@ class WarmupLinear:
 
     Attributes:
       peak: the highest learning rate.
-      warmup: steps of warm-up.
+      warmup: steps of warm-up. None: a tenth of the run, at most 100.
       final: the last learning rate, as a fraction of the peak.
     """
 
     peak: float = 1e-3
-    warmup: int = 100
+    warmup: int | None = None
     final: float = 0.0
 
 
@@ -61,14 +61,14 @@ class WarmupStableDecay:
 
     Attributes:
       peak: the learning rate of the plateau.
-      warmup: steps of warm-up.
-      decay: steps of the decay at the end.
+      warmup: steps of warm-up. None: a tenth of the run, at most 100.
+      decay: steps of the decay at the end. None: a tenth of the run.
       final: the last learning rate, as a fraction of the peak.
     """
 
     peak: float = 1e-3
-    warmup: int = 100
-    decay: int = 100
+    warmup: int | None = None
+    decay: int | None = None
     final: float = 0.0
 
 
@@ -91,7 +91,7 @@ class _Optimiser:
         if not 0 < schedule.peak < float("inf"):
             raise UserError(f"the learning rate {schedule.peak} must be a finite number above 0")
         for name in ("warmup", "decay"):
-            if getattr(schedule, name, 0) < 0:
+            if (getattr(schedule, name, None) or 0) < 0:
                 raise UserError(f"the schedule's {name} = {getattr(schedule, name)} steps must be at least 0")
         if not 0 <= getattr(schedule, "final", 0.0) <= 1:
             raise UserError(f"the schedule's final = {schedule.final} is a fraction of the peak, between 0 and 1")

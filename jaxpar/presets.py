@@ -55,7 +55,7 @@ def first() -> RunConfig:
         # Few layers: compiled one by one they take no longer to compile, and run a quarter faster on a CPU.
         model=llama(layers=4, width=128, heads=4, context=256, layer_loop="unroll").as_given(),
         data=DataConfig(length=128, batch=16),
-        optimiser=AdamW(schedule=WarmupCosine(peak=3e-3, warmup=40)),
+        optimiser=AdamW(schedule=WarmupCosine(peak=3e-3)),
     )
 
 
@@ -66,7 +66,7 @@ def tiny() -> RunConfig:
         steps=40,
         model=llama(layers=2, width=64, heads=8, context=128).as_given(),
         data=DataConfig(length=64, batch=8),
-        optimiser=AdamW(schedule=WarmupCosine(peak=3e-3, warmup=5)),
+        optimiser=AdamW(schedule=WarmupCosine(peak=3e-3)),
         evaluate_every=20,
         evaluate_batches=2,
         checkpoint_every=20,

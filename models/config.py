@@ -19,7 +19,7 @@ Positions = Rope | Learned | NoPositions
 FeedForward = GatedMLP | MLP
 Residual = Plain
 
-Remat = Literal["none", "full", "dots", "attention"]
+Remat = Literal["none", "full", "dots"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -57,8 +57,8 @@ class ModelConfig:
       init_std: standard deviation of initial weights; output projections are scaled by 1/sqrt(2·layers) (GPT-2).
       dropout: probability with which an element of a branch's output (and of the embedding) is zeroed in training.
       dtype: compute dtype. Parameters are stored in float32; softmax, norms and the loss run in float32.
-      remat: what the backward pass recomputes: "none", "full" (keep only the stream between layers), "dots" (keep
-        matmul outputs), "attention" (recompute the attention weights alone).
+      remat: what the backward pass recomputes: "none", "full" (keep only the stream between layers), "dots" (keep the
+        outputs of projections and of attention). The attention weights are recomputed in any case.
       layer_loop: "scan" compiles one layer and loops; "unroll" compiles each (faster on CPU for few layers).
       loss_chunk: tokens of a sequence whose logits exist at a time in the cross-entropy.
     """

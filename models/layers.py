@@ -14,7 +14,7 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, dropout
 from jaxpar.models.positions import Rope, rotate, turns
 from jaxpar.models.spec import Constant, Normal, ParamSpec
-from jaxpar.pallas_kernels.attention import MaskSpec
+from jaxpar.pallas_kernels.attention import ATTENTION_LSE, ATTENTION_OUT, MaskSpec
 
 Tree = Any
 FULL = 2**30
@@ -150,12 +150,8 @@ def attention_branch(cfg: ModelConfig, params: Tree, x_BxTxD, pages, ctx: Contex
         index_BxS = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
         mask = MaskSpec(window=window, q_index=tables.slots, k_index=index_BxS)
 
-    def attend(q, k, v):
-        return ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)
-
-    if cfg.remat == "attention":
-        attend = jax.checkpoint(attend)
-    y = ops.matmul(attend(q, k, v), params["out"]["kernel"], contract=2)
+    out = ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)
+    y = ops.matmul(out, params["out"]["kernel"], contract=2)
     if "bias" in params["out"]:
         y = y + params["out"]["bias"].astype(y.dtype)[None, None]
     return y, pages
@@ -184,7 +180,10 @@ def remat(cfg: ModelConfig, run):
     """`run(params, state, ...)` under the named policy of what the backward pass recomputes."""
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT, ATTENTION_LSE),
+        ),
     }
     if cfg.remat not in policies:
         return run

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jaxpar.presets import DEFAULT, PRESETS
+
 if TYPE_CHECKING:
+    from jaxpar.config import RunConfig
     from jaxpar.run import Run
 
 RULE = "-" * 80
@@ -17,6 +20,17 @@ def tell(run: Run, loss: float, sample: str, say: Callable[[str], None] = print)
     """Print it, on the first process."""
     if jax.process_index() == 0:
         say("\n".join(lines(run, loss, sample)))
+
+
+def same(config: RunConfig) -> str:
+    """The command that goes on with a run of this configuration, but for `--steps`."""
+    for name, preset in PRESETS.items():
+        plain = preset()
+        model = plain.model.replace(vocabulary=config.model.vocabulary)
+        if plain.replace(model=model, steps=config.steps, folder=config.folder) == config:
+            where = "" if plain.folder == config.folder else f" --folder {config.folder}"
+            return f"jaxpar train{'' if name == DEFAULT else f' {name}'}{where}"
+    return "the same command with"
 
 
 def lines(run: Run, loss: float, sample: str) -> list[str]:
@@ -33,7 +47,7 @@ def lines(run: Run, loss: float, sample: str) -> list[str]:
         "",
         "next:",
         f"  jaxpar generate --model {folder} --prompt 'import ' --tokens 200 --temperature 0.7",
-        f"  jaxpar train --folder {folder} --steps {2 * run.config.steps}          # the same run, twice as long",
+        f"  {same(run.config)} --steps {2 * run.config.steps}          # the same run, twice as long",
         "  jaxpar train --fake-devices 8 --mesh data=2,fsdp=2,tensor=2 --folder runs/mesh",
         "  jaxpar explain --fake-devices 8 --mesh data=2,fsdp=2,tensor=2",
         f"  tensorboard --logdir {folder.parent}",

@@ -115,6 +115,17 @@ def test_presets_are_configurations_of_their_own_folder():
 # -- a run ---------------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_says_how_it_goes_on():
+    from jaxpar.report.finish import same
+
+    first, small = PRESETS["first"](), tiny()
+    known = lambda config: config.replace(model=config.model.replace(vocabulary=320))
+    assert same(known(first)) == "jaxpar train"
+    assert same(known(small).replace(steps=7)) == "jaxpar train tiny"
+    assert same(known(small).replace(folder="elsewhere")) == "jaxpar train tiny --folder elsewhere"
+    assert same(known(small).replace(seed=1)) == "the same command with"
+
+
 def test_a_run_writes_all_its_files(run):
     lines = read_lines(run / "metrics.jsonl")
     steps = [line["step"] for line in lines if "loss" in line]

@@ -75,7 +75,7 @@ def test_pairs_are_the_ones_in_the_mask(length, window):
     assert flops.pairs(length, window, causal=False) == length * length
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("feedforward", [GatedMLP(), MLP()])
 def test_against_the_compiler(remat, feedforward):
     """On an unrolled model of rows too short for blocks, whose attention multiplies every pair: within what is not a matrix product.
@@ -102,10 +102,10 @@ def test_against_the_compiler(remat, feedforward):
 
 
 def test_hardware_flops_grow_with_what_is_computed_again():
-    counts = [flops.hardware(GPT2.replace(remat=r)) for r in ("none", "attention", "dots", "full")]
-    assert counts[0] == flops.training(GPT2)
-    assert counts == sorted(counts)
-    assert counts[3] == 3 * flops.forward(GPT2).total + flops.forward(GPT2).layers
+    counts = [flops.hardware(GPT2.replace(remat=r)) for r in ("none", "dots", "full")]
+    f = flops.forward(GPT2)
+    assert counts[0] == counts[1] == flops.training(GPT2) + f.scores / 2
+    assert counts[2] == counts[0] + f.layers
     assert len({flops.training(GPT2.replace(remat=r)) for r in ("none", "full")}) == 1  # MFU does not gain by remat
 
 

@@ -141,7 +141,6 @@ def test_loops_and_remat_policies_are_the_same_function(name):
         {"layer_loop": "unroll"},
         {"remat": "full"},
         {"remat": "dots"},
-        {"remat": "attention"},
         {"loss_chunk": 5},
     ]
     for change in [*changes, {"layer_loop": "unroll", "remat": "full"}]:

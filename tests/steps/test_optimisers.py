@@ -187,6 +187,21 @@ def test_schedules(config, values):
     np.testing.assert_allclose([rate(jnp.int32(i)) for i in values], list(values.values()), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 0), (40, 4), (400, 40), (5000, 100)])
+def test_a_warm_up_that_is_not_given_is_a_tenth_of_the_run(steps, warmup):
+    found = [float(schedule(WarmupCosine(peak=1.0), steps)(i)) for i in range(warmup + 2)]
+    rising = [(i + 1) / warmup for i in range(warmup)]
+    np.testing.assert_allclose(found[: warmup + 1], [*rising, 1.0], rtol=1e-6)
+    assert found[-1] < 1.0
+
+
+@pytest.mark.parametrize("kind", [AdamW, Lion, Muon, Adafactor, SGD])
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_every_optimiser_fits_a_short_run_by_itself(kind, steps):
+    make(kind(), SPECS, steps=steps)
+    make(kind(schedule=WarmupStableDecay()), SPECS, steps=steps)
+
+
 @pytest.mark.quick
 def test_bad_options():
     with pytest.raises(UserError, match="warm-up and decay take 30 steps, but the run has 20"):
