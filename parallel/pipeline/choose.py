@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxpar.parallel.pipeline.orders import SCHEDULES, WarmUp, make
+from jaxpar.parallel.pipeline.orders import SCHEDULES, WARM_UPS, WarmUp, make
 from jaxpar.parallel.pipeline.simulate import Costs, Simulation, lockstep, simulate
 from jaxpar.parallel.pipeline.table import Keep, Table, Ticks, compile_table
 from jaxpar.parallel.pipeline.tasks import Kind, Order
@@ -24,7 +24,7 @@ class Candidate:
 
     Attributes:
       ticks: mixed, or one kind a tick.
-      warm_up: of 1F1B; "least" for all others.
+      warm_up: of the schedules that have a choice (`orders.WARM_UPS`).
       table: the compiled form.
       seconds: its lock-step time.
     """
@@ -51,7 +51,7 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """Every form of a schedule, the fastest first. Among equally fast ones: one kind a tick, which runs without any
     branch and overlaps its messages; then fewer slots. Arguments as for `orders.make`; costs are of a virtual stage."""
-    warm_ups: tuple[WarmUp, ...] = ("least", "double") if name == "1f1b" and chunks in (None, 1) else ("least",)
+    warm_ups = WARM_UPS.get(name, ("least",)) if chunks in (None, 1) else ("least",)
     orders = {w: make(name, devices, microbatches, chunks, warm_up=w) for w in warm_ups}
     return forms(orders, costs, keep)
 
@@ -119,8 +119,10 @@ def compare(
         try:
             order = make(name, devices, microbatches, own)
             each = costs.per_chunk(order.chunks)
-            choice = choose(name, devices, microbatches, own, costs=each)
-            rows.append(Row(name, order.chunks, simulate(order, each), choice))
+            found = candidates(name, devices, microbatches, own, costs=each)
+            simulations = [simulate(o, each) for o in {c.warm_up: c.table.order for c in found}.values()]
+            fastest = min(simulations, key=lambda s: (round(s.makespan, 9), max(s.bytes)))
+            rows.append(Row(name, order.chunks, fastest, found[0]))
         except ValueError as error:
             refused[name] = str(error)
     return sorted(rows, key=lambda r: (round(r.choice.seconds, 9), max(r.simulation.bytes))), refused

@@ -8,8 +8,14 @@ order that results holds no cycle, because it was executed once while it was mad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jaxpar.parallel.pipeline.tasks import Kind, Order, Path, Placement, Task, check_paths, positive
+
+F, B = Kind.F, Kind.B
+OTHER = {F: B, B: F}
+
+Policy = Literal["backward", "forward", "turns"]
 
 
 def greedy(
@@ -18,7 +24,7 @@ def greedy(
     paths: Sequence[Path],
     *,
     in_flight: int | None = None,
-    backward_first: bool = True,
+    policy: Policy = "backward",
 ) -> Order:
     """Every device takes, each tick, its first ready task: by kind, then by microbatch.
 
@@ -29,7 +35,8 @@ def greedy(
       in_flight: microbatches that may have started and not ended, in the whole pipeline; None for all. It bounds every
         device's activations, and cannot cause a deadlock, because it counts microbatches and not tasks: one that was
         let in is never stopped later.
-      backward_first: as in 1F1B; False runs forwards first, as GPipe does.
+      policy: which kind is first: "backward" as in 1F1B, "forward" as in GPipe, or "turns": all devices run forwards at
+        one tick and backwards at the next, which is the order that ticks of one kind want.
 
     Raises:
       ValueError: a path that visits a missing stage, or one twice.
@@ -40,27 +47,32 @@ def greedy(
     tasks: list[list[Task]] = [[] for _ in range(placement.devices)]
     forward = [0] * len(paths)  # how many forwards of a microbatch have ended
     backward = [0] * len(paths)
-    done = 0
+    done, turn = 0, F
     while done < len(paths):
         open_now = [m for m in range(len(paths)) if backward[m] < len(paths[m])]
         admitted = {m for m in open_now if forward[m] > 0}
-        ready: list[list[tuple[int, Task]]] = [[] for _ in range(placement.devices)]
+        ready: list[list[Task]] = [[] for _ in range(placement.devices)]
         for m in open_now:
             path = paths[m]
             if forward[m] < len(path):
-                stage, kind = path[forward[m]], Kind.F
+                stage, kind = path[forward[m]], F
             else:
-                stage, kind = path[-1 - backward[m]], Kind.B
+                stage, kind = path[-1 - backward[m]], B
             if forward[m] > 0 or len(admitted) < window:
                 admitted.add(m)
-                late = (kind is Kind.F) == backward_first
-                ready[placement.device(stage)].append((late, Task(kind, stage, m)))
+                ready[placement.device(stage)].append(Task(kind, stage, m))
+        first = F if policy == "forward" else B
+        if policy == "turns":
+            if all(task.kind is not turn for candidates in ready for task in candidates):
+                turn = OTHER[turn]
+            ready = [[task for task in candidates if task.kind is turn] for candidates in ready]
+            turn = OTHER[turn]
         for device, candidates in enumerate(ready):
             if not candidates:
                 continue
-            task = min(candidates, key=lambda c: (c[0], c[1].microbatch))[1]
+            task = min(candidates, key=lambda t: (t.kind is not first, t.microbatch))
             tasks[device].append(task)
-            count = forward if task.kind is Kind.F else backward
+            count = forward if task.kind is F else backward
             count[task.microbatch] += 1
             done += backward[task.microbatch] == len(paths[task.microbatch])
     return Order(name, tuple(map(tuple, tasks)), placement, paths)

@@ -15,8 +15,12 @@ from jaxpar.parallel.pipeline.tasks import Kind, Order, Path, Placement, Task, c
 F, B, BI, BW = Kind.F, Kind.B, Kind.BI, Kind.BW
 
 WarmUp = Literal["least", "double"]
-"""How many forwards a device of 1F1B runs before its first backward: p-1-s, or twice as many. The double warm-up hides a
-message's way there and back, which is what ticks of one kind cost (see `choose.py`)."""
+"""How many microbatches are let in before the first backward: as few as keep every device of 1F1B busy (p-1-s), or
+twice as many. The double warm-up hides a message's way there and back, which is what ticks of one kind cost (`choose.py`).
+"""
+
+WARM_UPS: dict[str, tuple[WarmUp, ...]] = {name: ("least", "double") for name in ("1f1b", "checkfree+", "skippipe")}
+"""The schedules that have both; all others have "least"."""
 
 
 def gpipe(devices: int, microbatches: int) -> Order:
@@ -167,20 +171,23 @@ def dualpipe_v(devices: int, microbatches: int) -> Order:
     return _straight("dualpipe-v", _only(rows, microbatches), Placement.v_shaped(devices), microbatches)
 
 
-def checkfree_plus(devices: int, microbatches: int, *, in_flight: int | None = None) -> Order:
+def checkfree_plus(
+    devices: int, microbatches: int, warm_up: WarmUp = "least", *, in_flight: int | None = None
+) -> Order:
     """CheckFree+ (Blagoev et al. 2025, "All is Not Lost: LLM Recovery without Checkpoints", section 4.3): every second
     microbatch runs the first two stages in swapped order, and the last two, so that each learns its neighbour's work.
 
-    Backward first, no more than `in_flight` microbatches at a time (None: p + 2, which hides the swaps).
+    With the least warm-up backward first and p + 2 microbatches in flight, with the double one forwards and backwards in
+    turns and 2p + 2 (`in_flight` for another number). In turns it takes m + p pairs of ticks, one more than 1F1B.
 
     Raises:
       ValueError: fewer than 4 stages, where the two swaps would share a stage.
     """
     positive(devices=devices, microbatches=microbatches)
+    window = _factor(warm_up) * devices + 2 if in_flight is None else in_flight
     paths = swapped_paths(devices, microbatches)
-    return greedy(
-        "checkfree+", Placement.round_robin(devices), paths, in_flight=devices + 2 if in_flight is None else in_flight
-    )
+    policy = "backward" if warm_up == "least" else "turns"
+    return greedy("checkfree+", Placement.round_robin(devices), paths, in_flight=window, policy=policy)
 
 
 def swapped_paths(stages: int, microbatches: int) -> tuple[Path, ...]:
@@ -194,19 +201,24 @@ def swapped_paths(stages: int, microbatches: int) -> tuple[Path, ...]:
     return tuple(swapped if m % 2 else plain for m in range(microbatches))
 
 
-def skippipe(devices: int, paths: Sequence[Iterable[int]], *, in_flight: int | None = None) -> Order:
+def skippipe(
+    devices: int, paths: Sequence[Iterable[int]], warm_up: WarmUp = "least", *, in_flight: int | None = None
+) -> Order:
     """SkipPipe (Blagoev et al. 2025, "SkipPipe: Partial and Reordered Pipelining Framework"): each microbatch visits the
-    stages of its own path, fewer than all, perhaps reordered. Backward first, no more than `in_flight` (None: p)
-    microbatches at a time. The paths come from a solver, or from `even_skips`.
+    stages of its own path, fewer than all, perhaps reordered. The paths come from a solver, or from `even_skips`.
+
+    With the least warm-up backward first and p microbatches in flight, with the double one forwards and backwards in
+    turns and 2p + 2 (`in_flight` for another number).
 
     Raises:
       ValueError: a path that visits a missing stage, or one twice.
     """
     positive(devices=devices)
+    window = devices if _factor(warm_up) == 1 else 2 * devices + 2
+    window = window if in_flight is None else in_flight
     paths = check_paths([tuple(path) for path in paths], devices)
-    return greedy(
-        "skippipe", Placement.round_robin(devices), paths, in_flight=devices if in_flight is None else in_flight
-    )
+    policy = "backward" if warm_up == "least" else "turns"
+    return greedy("skippipe", Placement.round_robin(devices), paths, in_flight=window, policy=policy)
 
 
 def even_skips(stages: int, microbatches: int, skipped: int = 1) -> tuple[Path, ...]:
@@ -233,8 +245,8 @@ SCHEDULES: dict[str, Callable[..., Order]] = {
     "zb-v": zb_v,
     "dualpipe-v": dualpipe_v,
     "checkfree+": checkfree_plus,
-    "skippipe": lambda devices, microbatches: skippipe(
-        devices, even_skips(devices, microbatches, skipped=min(1, devices - 1))
+    "skippipe": lambda devices, microbatches, warm_up="least": skippipe(
+        devices, even_skips(devices, microbatches, skipped=min(1, devices - 1)), warm_up
     ),
 }
 """By name, for `make`. SkipPipe has here the paths of `even_skips`, which leave out one stage."""
@@ -244,7 +256,8 @@ CHUNKS = {"interleaved": None, "zb-v": 2, "dualpipe-v": 2}
 
 
 def make(name: str, devices: int, microbatches: int, chunks: int | None = None, *, warm_up: WarmUp = "least") -> Order:
-    """A schedule by name. `1f1b` with several chunks is `interleaved`; `chunks=None` is the schedule's own number.
+    """A schedule by name. `1f1b` with several chunks is `interleaved`; `chunks=None` is the schedule's own number. The
+    warm-up is for those in WARM_UPS.
 
     Raises:
       ValueError: an unknown name, or numbers that the schedule does not allow.
@@ -260,8 +273,8 @@ def make(name: str, devices: int, microbatches: int, chunks: int | None = None, 
         return interleaved(devices, microbatches, 2 if chunks is None else chunks)
     if chunks not in (None, own):
         raise ValueError(f"{name} has {own} chunk(s) on a device, not {chunks}; 'interleaved' takes any number")
-    if name == "1f1b":
-        return one_f_one_b(devices, microbatches, warm_up)
+    if name in WARM_UPS:
+        return SCHEDULES[name](devices, microbatches, warm_up)
     return SCHEDULES[name](devices, microbatches)
 
 

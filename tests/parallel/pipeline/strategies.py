@@ -16,10 +16,9 @@ def any_order(draw, devices: int = 6, microbatches: int = 9) -> Order:
     if name == "interleaved":
         groups = draw(st.integers(1, max(1, microbatches // p)))
         return orders.interleaved(p, groups * p, draw(st.integers(1, 3)))
-    if name == "1f1b":
-        return orders.one_f_one_b(p, m, draw(st.sampled_from(["least", "double"])))
+    warm_up = draw(st.sampled_from(orders.WARM_UPS.get(name, ("least",))))
     if name == "skippipe":
         path = st.permutations(range(p)).flatmap(lambda q: st.integers(1, p).map(lambda n: tuple(q[:n])))
         paths = draw(st.lists(path, min_size=1, max_size=m))
-        return orders.skippipe(p, paths, in_flight=draw(st.integers(1, p + 2)))
-    return orders.make(name, p, m)
+        return orders.skippipe(p, paths, warm_up, in_flight=draw(st.integers(1, p + 2)))
+    return orders.make(name, p, m, warm_up=warm_up)

@@ -133,10 +133,18 @@ def test_swaps_cost_one_tick(stages, more, microbatches):
     """Forwards alone: M + S ticks against M + S - 1 of the plain pipeline. With 4 stages all are swapped, a pair of
     microbatches fills all devices from its first tick, and one tick is won."""
     paths = orders.swapped_paths(stages, microbatches)
-    order = orders.greedy("forward", Placement.round_robin(stages), paths, backward_first=False)
+    order = orders.greedy("forward", Placement.round_robin(stages), paths, policy="forward")
     rows = assign_ticks(order)
     last = max(t for t, row in enumerate(rows) for task in row if task and task.kind is F)
     assert last + 1 == microbatches + stages + more
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(5, 8), (6, 12), (8, 16)])
+def test_swaps_cost_one_pair_of_ticks(stages, microbatches):
+    """With forwards and backwards in turns: m + p pairs of ticks, where 1F1B has m + p - 1; about 2p held as there."""
+    order = orders.checkfree_plus(stages, microbatches, "double")
+    assert len(assign_ticks(order, "one-kind")) == 2 * (microbatches + stages)
+    assert max(simulate(order).activations) <= 2 * stages
 
 
 def test_half_of_the_microbatches_are_swapped():
@@ -167,9 +175,9 @@ def test_skipping_saves_its_share():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(4, 7), st.integers(1, 12), st.integers(1, 6))
-def test_in_flight_bounds_the_activations(p, m, window):
-    found = simulate(orders.checkfree_plus(p, m, in_flight=window))
+@given(st.integers(4, 7), st.integers(1, 12), st.integers(1, 6), st.sampled_from(["least", "double"]))
+def test_in_flight_bounds_the_activations(p, m, window, warm_up):
+    found = simulate(orders.checkfree_plus(p, m, warm_up, in_flight=window))
     assert max(found.activations) <= window
 
 
