@@ -1,0 +1,120 @@
+"""Every kind in every layout against dense attention, through `sequence_attention` on whole arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from sharded import MASKS, SCALE, dense, documents, draw, in_layout, score
+
+from jaxpar.pallas_kernels.attention import MaskSpec
+from jaxpar.parallel.sequence.api import sequence_attention, sequence_layout
+from jaxpar.parallel.sequence.choose import KINDS
+from jaxpar.parallel.sequence.layouts import LAYOUTS
+
+PAIR = ("ring", "ulysses")
+
+
+def mesh_of(devices, **sizes) -> Mesh:
+    count = int(np.prod(list(sizes.values())))
+    return Mesh(np.asarray(devices[:count]).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def check(mesh, inputs, mask, *, kind, layout, axis, gradients=True, cap=None, **kw):
+    """Outputs to 1e-5 and gradients to 1e-4."""
+    T = inputs[0].shape[1]
+    order = sequence_layout(mesh, T, layout=layout, axis=axis)
+    stored = [order.arrange(x, axis=2 if x.ndim == 3 else 1) for x in inputs]
+    attention = sequence_attention(mesh, kind=kind, layout=layout, axis=axis)
+    local_mask = in_layout(order, mask)
+    f = lambda q, k, v: attention(q, k, v, mask=local_mask, scale=SCALE, cap=cap, lse_out=True, **kw)
+    (expected, expected_lse), expected_gradients = dense(*inputs, mask, cap)
+    if gradients:
+        (_, (out, lse)), found = score(f, *stored[3:])(*stored[:3])
+        for name, a, b in zip("qkv", found, expected_gradients, strict=True):
+            np.testing.assert_allclose(order.restore(np.asarray(a)), b, atol=1e-4, err_msg=f"gradient of {name}")
+    else:
+        out, lse = jax.jit(f)(*stored[:3])
+    np.testing.assert_allclose(order.restore(np.asarray(out)), expected, atol=1e-5)
+    np.testing.assert_allclose(order.restore(np.asarray(lse), axis=2), expected_lse, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_in_every_layout(devices, kind, layout):
+    """Four devices; grouped queries, packed documents with padding, a window and a soft cap at once.
+
+    Rings share one backward pass, so that in test_ring each layout's is compared; of the others one layout here.
+    """
+    mesh = mesh_of(devices, ring=2, ulysses=2) if kind == "hybrid" else mesh_of(devices, sequence=4)
+    axis = PAIR if kind == "hybrid" else "sequence"
+    own = kind in ("ulysses", "hybrid") or (kind in ("rsa", "tokenring") and layout == "zigzag")
+    check(mesh, draw(32), MASKS["all"](32), kind=kind, layout=layout, axis=axis, gradients=own, cap=4.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_devices(devices, kind):
+    mesh = mesh_of(devices, ring=4, ulysses=2) if kind == "hybrid" else mesh_of(devices, sequence=8)
+    axis = PAIR if kind == "hybrid" else "sequence"
+    check(mesh, draw(32, B=1, H=8), MaskSpec(), kind=kind, layout="zigzag", axis=axis, gradients=False)
+
+
+@pytest.mark.parametrize("kind", ["ring", "tokenring", "ulysses"])
+def test_with_rows_and_heads_sharded_too(devices, kind):
+    """Batch over data and fsdp, heads over tensor; one key head for two tensor devices is repeated."""
+    mesh = mesh_of(devices, data=2, fsdp=1, tensor=2, sequence=2)
+    mask = MaskSpec(window=jnp.int32(9), q_segments=documents(16)[:1], k_segments=documents(16)[:1])
+    check(mesh, draw(16, G=1), mask, kind=kind, layout="striped", axis="sequence")
+
+
+@pytest.mark.parametrize("kind", ["ring", "rsa"])
+def test_starts_that_differ(devices, kind):
+    """As `attention` with q_start and k_start: here all keys lie 7 tokens behind the queries."""
+    q, k, v, *_ = draw(16)
+    mesh = mesh_of(devices, sequence=2)
+    order = sequence_layout(mesh, 16, layout="striped")
+    attention = sequence_attention(mesh, kind=kind, layout="striped")
+    stored = [order.arrange(x) for x in (q, k, v)]
+    mask = MaskSpec(window=12)
+    found = jax.jit(lambda start: attention(*stored, mask=mask, scale=SCALE, q_start=start, k_start=3))(10)
+    index = jnp.arange(16, dtype=jnp.int32)[None]
+    shifted = mask.replace(q_index=index + 10, k_index=index + 3)
+    (expected, _), _ = dense(q, k, v, q, jnp.ones((2, 4, 16)), shifted)
+    np.testing.assert_allclose(order.restore(np.asarray(found)), expected, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        (dict(kind="rings"), {}, "unknown kind .*'rings' .did you mean 'ring'"),
+        (dict(layout="stripes"), {}, "unknown layout 'stripes'"),
+        (dict(axis="sequences"), {}, r"mesh data\(1\) × tensor\(2\) × sequence\(4\) has no axis 'sequences'"),
+        (dict(kind="hybrid"), {}, r"'hybrid' needs a pair of mesh axes, \(ring, Ulysses\), got 'sequence'"),
+        (dict(axis=("tensor", "sequence")), {}, "'ring' needs one mesh axis"),
+        (dict(layout="zigzag"), dict(T=20), "20 tokens .*multiple of 8; nearest that works: 24"),
+        (dict(), dict(T=18), r"18 tokens .*sequence\(4\).*multiple of 4; nearest that works: 20"),
+        (dict(kind="ring_bidirectional"), dict(T=12), "both directions over 4 devices.*multiple of 8.*16"),
+        (dict(kind="ulysses"), dict(H=4), "Ulysses over 4 devices .*multiple of 4 query heads, got 2 .*: 2 devices"),
+        (dict(), dict(H=3, G=1), "mesh axis tensor over 2 devices .*got 3 .*nearest that works: 1 device$"),
+        (dict(kind="rsa", implementation="cudnn"), {}, "no implementation 'cudnn'"),
+    ],
+)
+def test_refusals(devices, options, shape, message):
+    """One sentence with the numbers, before anything is computed."""
+    mesh = mesh_of(devices, data=1, tensor=2, sequence=4)
+    q, k, v, *_ = draw(**{"T": 16, "H": 8, **shape})
+    call = {name: options.pop(name) for name in ("implementation",) if name in options}
+    with pytest.raises(ValueError, match=message) as found:
+        sequence_attention(mesh, **options)(q, k, v, mask=MaskSpec(), scale=1.0, **call)
+    assert "\n" not in str(found.value)
+
+
+def test_refusals_of_shapes(devices):
+    attention = sequence_attention(mesh_of(devices, data=4, sequence=2))
+    q, k, v, *_ = draw(16)
+    with pytest.raises(ValueError, match=r"2 rows .*data\(4\); nearest that works: 4"):
+        attention(q, k, v, mask=MaskSpec(), scale=1.0)
+    with pytest.raises(ValueError, match="8 keys and 16 queries"):
+        attention(q, k[:, :8], v[:, :8], mask=MaskSpec(), scale=1.0)
