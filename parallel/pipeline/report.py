@@ -94,9 +94,10 @@ def against_fsdp(
         f"FSDP over the same {devices} device(s): {fsdp:.6g} s (work {work:.6g} s, weights {traffic:.6g} s, overlapped)"
     )
     if fsdp <= seconds:
+        free = "" if traffic else " Links or weights are free here: give the model's bytes and the links' bandwidth."
         return (
             f"{sums}. Pipelining is not worth it: {name} takes {seconds:.6g} s; it would be where the weights' traffic, "
-            f"3·(p-1)/p of the model over a link, took more than {seconds:.6g} s."
+            f"3·(p-1)/p of the model over a link, took more than {seconds:.6g} s.{free}"
         )
     return f"{sums}. Pipelining is worth it: {name} takes {seconds:.6g} s, {100 * (1 - seconds / fsdp):.1f} % less."
 

@@ -60,6 +60,7 @@ def test_the_comparison(capsys):
     for name in orders.SCHEDULES:
         assert re.search(rf"^{re.escape(name)} +\d", out, re.MULTILINE), name
     assert "Pipelining is not worth it: zb-v takes 25.5 s" in out
+    assert "Links or weights are free here" in out
     out = run(capsys, "--compare --stages 3 --microbatches 4 --bandwidth 10 --parameter-bytes 1000")
     assert "interleaved: interleaved 1F1B runs its chunks in groups of 3" in out
     assert "FSDP over the same 3 device(s): 200 s (work 18 s, weights 200 s, overlapped). Pipelining is worth it" in out
