@@ -32,6 +32,9 @@ def _forward(forward, plan, q, k, v, labels):
 def _backward(forward, plan: Plan, kept, cotangents):
     q, k, v, labels, out, lse = kept
     d_out, d_lse = cotangents
+    # Else the compiler sees that the first hop is that of the forward pass, and keeps a neighbour's keys until now. (On
+    # CPU, where XLA drops barriers, it does.)
+    k, v, d_out = jax.lax.optimization_barrier((k, v, d_out))
     walk = Walk(plan, q, labels)
     drop_BxTxH = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - jnp.swapaxes(d_lse, 1, 2)
     queries = walk.queries(q=q, d_out=d_out, lse=jnp.swapaxes(lse, 1, 2), drop=drop_BxTxH)
