@@ -1,5 +1,7 @@
 """Small inputs, the dense answer, and a kind of sequence attention run over fake devices in a given layout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,9 @@ def documents(T, B=2, padding=3):
 
 
 MASKS = {
+    "one row of labels": lambda T: MaskSpec(
+        window=jnp.int32(9), q_segments=documents(T)[:1], k_segments=documents(T)[:1]
+    ),
     "causal": lambda T: MaskSpec(),
     "bidirectional": lambda T: MaskSpec(causal=False),
     "window": lambda T: MaskSpec(window=5),
@@ -40,12 +45,7 @@ MASKS = {
 
 
 def score(f, weights, lse_weights):
-    """`total_of`, compiled."""
-    return jax.jit(total_of(f, weights, lse_weights))
-
-
-def total_of(f, weights, lse_weights):
-    """A scalar of out and lse whose gradient has no zero by symmetry; rows without keys give no lse."""
+    """Compiled value and gradients of a scalar of out and lse without symmetries; rows without keys give no lse."""
 
     def total(q, k, v):
         out, lse = f(q, k, v)
@@ -53,15 +53,21 @@ def total_of(f, weights, lse_weights):
         loss = jnp.sum(out.astype(jnp.float32) * weights) + jnp.sum(jnp.where(finite, lse, 0.0) * lse_weights)
         return loss, (out, lse)
 
-    return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
 
 
-def dense(q, k, v, weights, lse_weights, mask, cap=None):
-    """(out, lse), (dq, dk, dv) of the reference."""
+@functools.cache
+def dense(name, cap=None, T=32, **shape):
+    """(out, lse), (dq, dk, dv) of the reference for `draw(T, **shape)` and the mask of that name."""
+    return dense_for(draw(T, **shape), MASKS[name](T), cap)
+
+
+def dense_for(inputs, mask, cap=None):
+    """The same for any inputs and mask."""
+    q, k, v, *weights = inputs
     f = lambda q, k, v: attention_reference(q, k, v, mask=mask, scale=SCALE, cap=cap)
-    # Not compiled as a whole: its operations are, once for all tests.
-    (_, outputs), gradients = total_of(f, weights, lse_weights)(q, k, v)
-    return outputs, gradients
+    (_, outputs), gradients = score(f, *weights)(q, k, v)
+    return jax.tree.map(np.asarray, (outputs, gradients))
 
 
 def locally(function, mesh: Mesh, mask: MaskSpec, **options):
@@ -86,18 +92,18 @@ def locally(function, mesh: Mesh, mask: MaskSpec, **options):
 def in_layout(layout: Layout, mask: MaskSpec) -> MaskSpec:
     """The mask with its arrays in stored order."""
     arrays = {n: getattr(mask, n) for n in ("q_segments", "k_segments", "q_index", "k_index")}
-    return mask.replace(**{n: layout.arrange(x) for n, x in arrays.items() if x is not None})
+    return mask.replace(**{n: jnp.asarray(layout.arrange(np.asarray(x))) for n, x in arrays.items() if x is not None})
 
 
-def compare(function, order: Layout, inputs, mask: MaskSpec, mesh: Mesh, cap=None, atol=1e-5, gradient_atol=1e-4, **kw):
-    """Asserts that a kind of attention has the outputs and the gradients of the dense one."""
-    stored = [order.arrange(x, axis=2 if x.ndim == 3 else 1) for x in inputs]
-    f = locally(function, mesh, in_layout(order, mask), cap=cap, **kw)
-    (_, (out, lse)), gradients = score(f, *stored[3:])(*stored[:3])
-    (expected, expected_lse), expected_gradients = dense(*inputs, mask, cap)
-    np.testing.assert_allclose(order.restore(np.asarray(out)), expected, atol=atol)
-    np.testing.assert_allclose(order.restore(np.asarray(lse), axis=2), expected_lse, atol=atol)
-    for name, found, wanted in zip("qkv", gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(
-            order.restore(np.asarray(found)), wanted, atol=gradient_atol, err_msg=f"gradient of {name}"
-        )
+def same(order: Layout, outputs, gradients, expected):
+    """Asserts outputs to 1e-5 and gradients (None: not taken) to 1e-4, in stored order, against those of `dense`."""
+    (out, lse), (wanted, wanted_lse) = outputs, expected[0]
+    np.testing.assert_allclose(order.restore(np.asarray(out)), wanted, atol=1e-5)
+    np.testing.assert_allclose(order.restore(np.asarray(lse), axis=2), wanted_lse, atol=1e-5)
+    for name, a, b in zip("qkv", gradients or (), expected[1], strict=bool(gradients)):
+        np.testing.assert_allclose(order.restore(np.asarray(a)), b, atol=1e-4, err_msg=f"gradient of {name}")
+
+
+def stored(order: Layout, inputs):
+    """q, k, v and the weights of `draw` in stored order."""
+    return [jnp.asarray(order.arrange(np.asarray(x), axis=2 if x.ndim == 3 else 1)) for x in inputs]
