@@ -102,7 +102,8 @@ def test_bubble_and_memory_of_zb_h1(p, more, costs):
     m = 2 * p + more
     found = simulate(orders.zb_h1(p, m), Costs(forward=f, backward_input=i, backward_weight=w))
     assert found.makespan - found.ideal == pytest.approx((p - 1) * (f + i - w))
-    assert max(found.held) <= p
+    assert found.held == (p,) * p
+    assert found.activations == tuple(p - s for s in range(p))
 
 
 @settings(deadline=None)

@@ -291,11 +291,26 @@ def test_a_life_cut_short_is_found(order, keep, data):
 def test_a_dropped_tick_and_a_swapped_pair_of_ticks_are_found():
     table = compile_table(orders.one_f_one_b(3, 4))
     names = ("kind", "stage", "microbatch", "chunk", "first", "last", "receive_input", "receive_gradient")
-    for rows in (np.delete(np.arange(table.length), 5), np.r_[1, 0, 2 : table.length]):
+    sentences = (
+        "reads gradient slot|lacks|runs before",
+        "tick 0, device 1: F of microbatch 0 at stage 1 runs before F of",
+    )
+    for rows, sentence in zip(
+        (np.delete(np.arange(table.length), 5), np.r_[1, 0, 2 : table.length]), sentences, strict=True
+    ):
         arrays = {name: getattr(table, name)[rows] for name in names}
         mutant = dataclasses.replace(table, **arrays, slot={b: a[rows] for b, a in table.slot.items()})
-        with pytest.raises(ValueError, match="tick"):
+        with pytest.raises(ValueError, match=sentence):
             validate_table(mutant)
+
+
+def test_a_lost_message_is_found_where_it_is_lost():
+    table = compile_table(orders.one_f_one_b(3, 4))
+    mutant = changed(table, "receive_input", (0, 0, 1), table.slots["input"])
+    with pytest.raises(
+        ValueError, match="tick 0: nobody receives the result of F of microbatch 0 at stage 0, for which F"
+    ):
+        validate_table(mutant)
 
 
 def test_two_kinds_in_a_tick_of_one_kind_are_found():
