@@ -208,14 +208,13 @@ def skippipe(
     stages of its own path, fewer than all, perhaps reordered. The paths come from a solver, or from `even_skips`.
 
     With the least warm-up backward first and p microbatches in flight, with the double one forwards and backwards in
-    turns and 2p + 2 (`in_flight` for another number).
+    turns and 2p (`in_flight` for another number).
 
     Raises:
       ValueError: a path that visits a missing stage, or one twice.
     """
     positive(devices=devices)
-    window = devices if _factor(warm_up) == 1 else 2 * devices + 2
-    window = window if in_flight is None else in_flight
+    window = _factor(warm_up) * devices if in_flight is None else in_flight
     paths = check_paths([tuple(path) for path in paths], devices)
     policy = "backward" if warm_up == "least" else "turns"
     return greedy("skippipe", Placement.round_robin(devices), paths, in_flight=window, policy=policy)

@@ -175,6 +175,13 @@ def test_skipping_saves_its_share():
     assert found.makespan < full.makespan
 
 
+def test_skipping_in_turns_waits_for_the_first_stage_only():
+    """Stage 0 stands in every path: no schedule is faster than its m microbatches and the way to the last stage."""
+    order = orders.skippipe(8, orders.even_skips(8, 32), "double")
+    assert len(assign_ticks(order, "one-kind")) == 2 * (32 + 8 - 1)
+    assert max(simulate(order).activations) <= 16
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(4, 7), st.integers(1, 12), st.integers(1, 6), st.sampled_from(["least", "double"]))
 def test_in_flight_bounds_the_activations(p, m, window, warm_up):

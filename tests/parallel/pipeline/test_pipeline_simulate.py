@@ -89,7 +89,7 @@ def test_zero_bubble_wants_mixed_ticks():
 def test_links_may_change_the_choice():
     """A mixed tick pays for both directions, so slow links speak for one kind a tick."""
     fast, slow = (choose("1f1b", 4, 8, costs=Costs(1, 1, 0, latency=x)) for x in (0.0, 5.0))
-    assert fast.seconds == 22
+    assert (fast.seconds, fast.ticks) == (22, "one-kind")  # as fast as mixed ticks, and without a switch
     assert slow.ticks == "one-kind"
     found = {(c.ticks, c.warm_up): c.seconds for c in candidates("1f1b", 4, 8, costs=Costs(1, 1, 0, latency=5.0))}
     assert found["one-kind", "double"] == 22 * (1 + 5)
@@ -152,6 +152,9 @@ def test_the_comparison():
     assert {row.name for row in rows} == set(orders.SCHEDULES)
     assert not refused
     assert [r.choice.seconds for r in rows] == sorted(r.choice.seconds for r in rows)
+    own = {row.name: row.simulation.makespan for row in compare(6, 12, 2, Costs(backward=2))[0]}
+    apart = [simulate(orders.checkfree_plus(6, 12, w), Costs(backward=2)).makespan for w in ("least", "double")]
+    assert own["checkfree+"] == min(apart) < max(apart)
     _, refused = compare(3, 4)
     assert set(refused) == {"interleaved", "checkfree+"}
     assert "nearest: 3 or 6 microbatches" in refused["interleaved"]
@@ -161,6 +164,7 @@ def test_fsdp():
     """m·(F + B) while the links are fast; three times the weights over a link when they are not."""
     assert fsdp_seconds(4, 8, Costs(backward=2), 0) == 24
     assert fsdp_seconds(4, 8, Costs(backward=2, bandwidth=10), 1000) == 3 * 0.75 * 100
+    assert fsdp_seconds(4, 9, Costs(backward=2), 0) == 36  # one device has three microbatches
     assert fsdp_seconds(2, 4, Costs(forward=(1, 2), backward=(3, 4)), 0) == 20
 
 
