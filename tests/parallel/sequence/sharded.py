@@ -12,6 +12,8 @@ from jaxpar.pallas_kernels.attention import MaskSpec, attention_reference
 from jaxpar.parallel.sequence.layouts import Layout
 
 SCALE = 0.35
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options: compiling is nearly all that these tests do, and takes half as long with them."""
 
 
 def draw(T=32, B=2, H=4, G=2, K=8, seed=0, dtype=np.float32):
@@ -44,7 +46,7 @@ MASKS = {
 }
 
 
-def score(f, weights, lse_weights):
+def score(f, weights, lse_weights, options=FAST):
     """Compiled value and gradients of a scalar of out and lse without symmetries; rows without keys give no lse."""
 
     def total(q, k, v):
@@ -53,7 +55,7 @@ def score(f, weights, lse_weights):
         loss = jnp.sum(out.astype(jnp.float32) * weights) + jnp.sum(jnp.where(finite, lse, 0.0) * lse_weights)
         return loss, (out, lse)
 
-    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True), compiler_options=options)
 
 
 @functools.cache
