@@ -58,7 +58,8 @@ def test_the_backward_ring_too(devices, kind):
     mesh = Mesh(np.asarray(devices[:N]), ("sequence",))
     attention = sequence_attention(mesh, kind=kind)
     q, k, v, weights, _ = draw(T, B=B, H=H, G=G, K=K)
-    _, pull = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, mask=MaskSpec(), scale=1.0)), q, k, v)
+    f = lambda q, k, v: attention(q, k, v, mask=MaskSpec(), scale=1.0)
+    _, pull = jax.vjp(jax.jit(f), q, k, v)
     kept = {x.shape for x in jax.tree.leaves(pull) if x.ndim}
     assert kept <= {q.shape, k.shape, (B, H, T)}, kept
     text = jax.jit(lambda pull, d_out: pull(d_out)).lower(pull, weights).compile().as_text()
