@@ -2,7 +2,7 @@
 
 import json
 
-from jaxpar.experiments.bench import train_step
+from jaxpar.experiments.bench import start_up, train_step
 
 
 def test_train_step_quick(tmp_path, capsys):
@@ -19,3 +19,27 @@ def test_train_step_quick(tmp_path, capsys):
     assert len(ours["seconds"]) == result["rounds"]
     assert ours["tokens_per_second"] > 0
     assert ours["peak_bytes"] > 1e6
+
+
+def test_start_up(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(60):
+        (texts / f"{i}.txt").write_text(f"{i} quick brown foxes jump over the lazy dog\n" * 10)
+    out = tmp_path / "figures.json"
+    small = [
+        "tiny",
+        "--source",
+        str(texts),
+        "--validation-fraction",
+        "0.3",
+        "--layers",
+        "1",
+        "--width",
+        "16",
+        "--heads",
+        "2",
+    ]
+    medians = start_up.main(["--repeat", "1", "--out", str(out), "--", *small])
+    assert 0 < medians["help"] < medians["warm"]
+    assert json.loads(out.read_text())["seconds"].keys() == {"help", "cold", "warm"}
