@@ -20,8 +20,13 @@ from jaxpar import host_memory  # noqa: E402
 
 host_memory.settle()
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# The same examples on every run: a change that breaks something is the one that fails.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

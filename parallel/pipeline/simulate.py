@@ -140,7 +140,8 @@ class Simulation:
     @property
     def idle(self) -> float:
         """The part of all devices' time in which they wait: (p-1)/(m+p-1) for GPipe and 1F1B."""
-        return 1.0 - sum(self.busy) / (len(self.busy) * self.makespan) if self.makespan else 0.0
+        # Not below 0: sums in another order may exceed the makespan by a last bit.
+        return max(0.0, 1.0 - sum(self.busy) / (len(self.busy) * self.makespan)) if self.makespan else 0.0
 
 
 def simulate(order: Order, costs: Costs | None = None) -> Simulation:
