@@ -1,8 +1,8 @@
 """Keep freed memory in the process: on a CPU, XLA asks for the buffers of every step anew.
 
 glibc gives blocks of more than a few megabytes back to the kernel as soon as they are freed, and the kernel hands the
-next step's out again page by page, each filled with zeros. A training training step with 150 MB of intermediate results pays
-about 40,000 page faults, a tenth to a fifth of its time on two cores (`experiments.bench.train_step --plain-malloc`).
+next step's out again page by page, each filled with zeros. A training step with 150 MB of intermediate results pays about
+40,000 page faults, a tenth to a fifth of its time on two cores (`experiments.bench.train_step --plain-malloc`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def keep() -> bool:
     used stays with the process until it ends.
 
     Returns:
-      Whether it was done: False where the allocator is another one (macOS, Windows, musl, a preloaded one).
+      Whether it was done: False where the allocator is not glibc's (macOS, Windows, musl).
     """
     try:
         libc = ctypes.CDLL(None)

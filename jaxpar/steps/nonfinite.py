@@ -21,8 +21,8 @@ def stop_on_nonfinite() -> StepTransform:
     """Keep the state from before the first step that is not finite, and say so from then on.
 
     The loss, every gradient and every new parameter are looked at. The state, its `step` included, stays bitwise what it
-    was (but for `data_position`, which counts the batches that were looked at), and all further updates do nothing: the loop reads the metric one step later and ends the run, and no checkpoint
-    can hold a broken state.
+    was (but for `data_position`, which counts the batches that were looked at), and all further updates do nothing: the
+    loop reads the metric one step later and ends the run, and no checkpoint can hold a broken state.
 
     Slot: whether it has stopped (bool). Metrics: `stop_on_nonfinite/stopped`, 0 or 1.
     """

@@ -28,6 +28,8 @@ def attention(
 ):
     """`softmax(mask(cap(scale · q kᵀ))) v` for each head. Letters: B batch, T queries, S keys, H heads, K head size.
 
+    Differentiable in reverse mode; `attention_reference` in forward mode too.
+
     Args:
       q_BxTxHxK: queries.
       k_BxSxGxK, v_BxSxGxK: keys and values; G divides H, and query heads g·H/G ... (g+1)·H/G - 1 share head g.
