@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpar.pallas_kernels.attention.block import dropped, gradients, masked_logits
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
 
 BLOCK = 32
@@ -59,89 +60,61 @@ def _attention(blocks, scale, cap, q, k, v, mask, starts):
     return _forward(blocks, scale, cap, q, k, v, mask, starts)[0]
 
 
-def _forward(blocks, scale, cap, q_BxTxHxK, k, v, mask, starts):
-    B, T, H, K = q_BxTxHxK.shape
-    G = k.shape[2]
-    precise = jnp.promote_types(q_BxTxHxK.dtype, jnp.float32)
-    # Query heads g·(H/G) .. share key/value head g: R of them, without repeating keys or values.
-    q = q_BxTxHxK.reshape(B, T, G, H // G, K)
+def _forward(blocks, scale, cap, q, k, v, mask, starts):
+    B, T, H, K = q.shape
     outs, lses = [], []
-    for block in blocks:
-        begin, end = block[2:]
-        logits, _ = _logits(block, scale, cap, q, k, mask, starts)
+    for first, last, begin, end in blocks:
+        place = _place(first, last, begin, end, starts)
+        logits, _ = masked_logits(q[:, first:last], k[:, begin:end], mask, scale=scale, cap=cap, **place)
         top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
         # A row that sees nothing has top = -inf; -inf - -inf would be NaN.
         top = jnp.where(top == -jnp.inf, 0, top)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=-1)
         empty = total == 0
-        lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, total)) + top[..., 0])
-        out = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v[:, begin:end], preferred_element_type=precise)
-        # Divided after the product: T x K divisions instead of T x S.
         share = jnp.where(empty, 1, total)
+        lses.append(jnp.where(empty, -jnp.inf, jnp.log(share) + top[..., 0]))
+        out = jnp.einsum(
+            "bgrts,bsgk->btgrk", weights.astype(v.dtype), v[:, begin:end], preferred_element_type=logits.dtype
+        )
+        # Divided after the product: T x K divisions instead of T x S.
         outs.append(out / jnp.transpose(share, (0, 3, 1, 2))[..., None])
-        lses.append(lse)
-    out = (outs[0] if len(outs) == 1 else jnp.concatenate(outs, 1)).reshape(B, T, H, K).astype(q.dtype)
-    lse = (lses[0] if len(lses) == 1 else jnp.concatenate(lses, -1)).reshape(B, H, T)
+    out = _joined(outs, 1).reshape(B, T, H, K).astype(q.dtype)
+    lse = _joined(lses, -1).reshape(B, H, T)
     out, lse = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(lse, ATTENTION_LSE)
-    return (out, lse), (q_BxTxHxK, k, v, mask, starts, out, lse)
+    return (out, lse), (q, k, v, mask, starts, out, lse)
 
 
-def _logits(block, scale, cap, q, k, mask, starts):
-    """Masked logits [B, G, R, queries, keys] of a block in float32 or better, and the cap's slope (None without)."""
-    first, last, begin, end = block
-    precise = jnp.promote_types(q.dtype, jnp.float32)
-    logits = scale * jnp.einsum("btgrk,bsgk->bgrts", q[:, first:last], k[:, begin:end], preferred_element_type=precise)
-    slope = None
-    if cap is not None:
-        bent = jnp.tanh(logits / cap)
-        logits, slope = cap * bent, 1 - bent**2
-    seen = mask.visible((first, last - first), (begin, end - begin), q_start=starts[0], k_start=starts[1])
-    if seen is not None:
-        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
-    return logits, slope
+def _place(first: int, last: int, begin: int, end: int, starts) -> dict:
+    return dict(rows=(first, last - first), cols=(begin, end - begin), q_start=starts[0], k_start=starts[1])
+
+
+def _joined(parts: list, axis: int):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
 def _backward(blocks, scale, cap, kept, cotangents):
-    q_BxTxHxK, k, v, mask, starts, out, lse_BxHxT = kept
+    q, k, v, mask, starts, out, lse = kept
     d_out, d_lse = cotangents
-    B, T, H, K = q_BxTxHxK.shape
-    S, G = k.shape[1:3]
-    grouped = lambda x: x.reshape(B, T, G, H // G, K)
-    q, d_out = grouped(q_BxTxHxK), grouped(d_out)
-    precise = lse_BxHxT.dtype
-    # What the softmax takes off each row: the sum over keys of weight · gradient of the weight is out · d_out.
-    drop = jnp.sum(d_out.astype(precise) * grouped(out).astype(precise), axis=-1)
-    drop = jnp.transpose(drop, (0, 2, 3, 1)) - d_lse.reshape(B, G, H // G, T)
-    lse = lse_BxHxT.reshape(B, G, H // G, T)
-    lse = jnp.where(lse == -jnp.inf, 0, lse)
+    drop = dropped(out, d_out, d_lse)
     dqs, dks, dvs = [], [], []
-    for block in blocks:
-        first, last, begin, end = block
-        d_rows = d_out[:, first:last]
-        logits, slope = _logits(block, scale, cap, q, k, mask, starts)
-        weights = jnp.exp(logits - lse[..., first:last, None])
-        d_weights = jnp.einsum("btgrk,bsgk->bgrts", d_rows, v[:, begin:end], preferred_element_type=precise)
-        d_logits = weights * (d_weights - drop[..., first:last, None])
-        if slope is not None:
-            d_logits = d_logits * slope
-        d_logits = (scale * d_logits).astype(q.dtype)
-        dqs.append(jnp.einsum("bgrts,bsgk->btgrk", d_logits, k[:, begin:end]))
-        # The small operand first: where a backend must copy to transpose, it is not the T x S one.
-        over_rows = partial(jnp.einsum, "btgrk,bgrts->bgks", preferred_element_type=precise)
-        dks.append(over_rows(q[:, first:last], d_logits))
-        dvs.append(over_rows(d_rows, weights.astype(v.dtype)))
-    dq = (dqs[0] if len(dqs) == 1 else jnp.concatenate(dqs, 1)).reshape(q_BxTxHxK.shape).astype(q.dtype)
+    for first, last, begin, end in blocks:
+        cut_q, cut_k = (lambda x, i=first, j=last: x[:, i:j]), (lambda x, i=begin, j=end: x[:, i:j])
+        rows = cut_q(d_out), lse[..., first:last], drop[..., first:last]
+        place = _place(first, last, begin, end, starts)
+        new = gradients(cut_q(q), cut_k(k), cut_k(v), *rows, mask, scale=scale, cap=cap, **place)
+        for parts, part in zip((dqs, dks, dvs), new, strict=True):
+            parts.append(part)
     spans = [block[2:] for block in blocks]
-    whole = lambda parts, like: jnp.transpose(_add_up(parts, spans, S), (0, 3, 1, 2)).astype(like.dtype)
-    return dq, whole(dks, k), whole(dvs, v), None, None
+    whole = lambda parts, like: _add_up(parts, spans, k.shape[1]).astype(like.dtype)
+    return _joined(dqs, 1).astype(q.dtype), whole(dks, k), whole(dvs, v), None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
 def _add_up(parts, spans, S: int):
-    """The sum of parts [..., end - begin] that lie at `(begin, end)` of S keys.
+    """The sum of parts [B, end - begin, ...] that lie at `(begin, end)` of S keys.
 
     Put together piece by piece: padding each part to S keys first would move far more memory.
     """
@@ -151,8 +124,8 @@ def _add_up(parts, spans, S: int):
     pieces = []
     for begin, end in itertools.pairwise(edges):
         covering = [
-            x[..., begin - b : end - b] for x, (b, e) in zip(parts, spans, strict=True) if b <= begin and end <= e
+            x[:, begin - b : end - b] for x, (b, e) in zip(parts, spans, strict=True) if b <= begin and end <= e
         ]
-        nothing = jnp.zeros_like(parts[0], shape=(*parts[0].shape[:-1], end - begin))
+        nothing = jnp.zeros_like(parts[0], shape=(parts[0].shape[0], end - begin, *parts[0].shape[2:]))
         pieces.append(sum(covering[1:], covering[0]) if covering else nothing)
-    return jnp.concatenate(pieces, axis=-1)
+    return jnp.concatenate(pieces, axis=1)

@@ -36,8 +36,8 @@ def _backward(forward, plan: Plan, kept, cotangents):
     # CPU, where XLA drops barriers, it does.)
     k, v, d_out = jax.lax.optimization_barrier((k, v, d_out))
     walk = Walk(plan, q, labels)
-    drop_BxTxH = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - jnp.swapaxes(d_lse, 1, 2)
-    queries = walk.queries(q=q, d_out=d_out, lse=jnp.swapaxes(lse, 1, 2), drop=drop_BxTxH)
+    drop = block.dropped(out, d_out, d_lse)
+    queries = walk.queries(q=q, d_out=d_out, lse=jnp.swapaxes(lse, 1, 2), drop=jnp.swapaxes(drop, 1, 2))
     for query in queries:
         query["lse"], query["drop"] = (jnp.swapaxes(query[name], 1, 2) for name in ("lse", "drop"))
     held = walk.keys(k=k, v=v)
