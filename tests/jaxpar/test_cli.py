@@ -15,7 +15,8 @@ from jaxpar.commands.convert import ConvertConfig
 from jaxpar.commands.generate import GenerateConfig
 from jaxpar.commands.schedule import ScheduleConfig
 from jaxpar.commands.tokenizer import TokenizerConfig
-from jaxpar.presets import PRESETS, tiny
+from jaxpar.presets import DEFAULT, PRESETS, tiny
+from jaxpar.report.finish import same
 from jaxpar.report.writers import read_lines
 from tests.processes import start
 
@@ -166,8 +167,17 @@ def test_what_a_run_tells(run, text_file, tmp_path, capsys):
     assert "bigram model: held-out loss" in out
     assert re.search(r"held-out loss \d\.\d{4} nats per token after 6 steps", out)
     assert (tmp_path / "run" / "sample.txt").read_text() in out
-    for line in ("jaxpar generate --model", "jaxpar train --folder", "--mesh data=2,fsdp=2,tensor=2", "tensorboard"):
+    for line in ("jaxpar generate --model", "--mesh data=2,fsdp=2,tensor=2", "tensorboard"):
         assert line in out
+    # No preset alone gives this run, so it cannot be named in one short line.
+    assert f"the same command with --steps {2 * STEPS}" in out
+
+
+@pytest.mark.quick
+def test_a_preset_is_gone_on_with_by_its_name():
+    assert same(PRESETS[DEFAULT]()) == "jaxpar train"
+    assert same(tiny().replace(folder="elsewhere", steps=7)) == "jaxpar train tiny --folder elsewhere"
+    assert same(tiny().replace(seed=5)) == "the same command with"
 
 
 def test_the_same_command_again_has_nothing_to_do_and_a_longer_one_goes_on(run, text_file, tmp_path, capsys):
