@@ -53,14 +53,12 @@ def settled(config: RunConfig) -> MeshConfig:
 
 def compile_step(config: RunConfig, cfg):
     """The compiled training step, from shapes alone."""
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
+    from jaxpar.ahead import lower
     from jaxpar.parallel.mesh import make_mesh
     from jaxpar.program import build
     from jaxpar.start import start
     from jaxpar.state import abstract_state
-    from jaxpar.step import Batch, chain
+    from jaxpar.step import chain
     from jaxpar.steps.base import make_step
 
     start(fake_devices=config.fake_devices, compile_cache=config.compile_cache)
@@ -69,11 +67,4 @@ def compile_step(config: RunConfig, cfg):
     tx = make(config.optimiser, program.specs, steps=config.steps)
     step = chain(make_step(program.grad_fn, tx), *config.step.transforms())
     state = abstract_state(step, program, jax.random.key(0))
-    B, T = config.data.batch, config.data.length
-    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
-    ints, floats = array((B, T), jnp.int32), array((B, T), jnp.float32)
-    batch = Batch(ints, ints, floats, ints, ints, array((B,), jnp.int32))
-    places = jax.tree.map(lambda x: x.sharding, state)
-    whole = NamedSharding(mesh, PartitionSpec())
-    update = jax.jit(step.update, donate_argnums=0, out_shardings=(places, whole))
-    return update.lower(state, batch).compile()
+    return lower(step, program, state, config.data.batch, config.data.length).compile()

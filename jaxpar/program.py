@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -51,12 +51,17 @@ class Program:
 
     def init(self, key) -> Tree:
         """Initial parameters, each shard made where it belongs; bitwise the same on every mesh."""
+        return self.init_fn(key)
+
+    @cached_property
+    def init_fn(self):
+        """`init` as a jitted function, which can be lowered before it is needed."""
         # It runs once: on a CPU, LLVM's full effort at the generators of random numbers takes three times as long to
         # compile and saves nothing.
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 1} if on_cpu else None
         fresh = partial(specs.init, self.specs)
-        return jax.jit(fresh, out_shardings=self.param_shardings, compiler_options=options)(key)
+        return jax.jit(fresh, out_shardings=self.param_shardings, compiler_options=options)
 
 
 def build(cfg: ModelConfig, mesh: Mesh, rules: Rules | None = None, *, rows: int | None = None) -> Program:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxpar import flops, serialise
+from jaxpar.ahead import compile_beside, lower, lower_init
 from jaxpar.checkpoint import Checkpoints
 from jaxpar.config import RunConfig
 from jaxpar.data.pipeline import Pipeline
@@ -27,7 +28,7 @@ from jaxpar.report.progress import Progress
 from jaxpar.report.writers import JsonLines, TensorBoard, WeightsAndBiases, Writers
 from jaxpar.start import start
 from jaxpar.state import abstract_state
-from jaxpar.step import Batch, Step, TrainState, chain
+from jaxpar.step import Batch, TrainState, chain
 from jaxpar.steps.base import make_step
 from jaxpar.steps.ema import averaged
 
@@ -49,7 +50,7 @@ class Run:
       config: as it was given, with the vocabulary filled in.
       pipeline: the data.
       program: the model on its mesh.
-      step_fn: the step with its transforms.
+      update_fn: the compiled `Step.update`: (state, batch) -> (state, metrics). The state is donated.
       state: the training state; replaced (its buffers donated) by each `update`.
       step: updates done.
       baseline: the bigram model's held-out loss, in nats per token, or None.
@@ -60,7 +61,7 @@ class Run:
     say: Callable[[str], None]
     pipeline: Pipeline
     program: Program
-    step_fn: Step
+    update_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     state: TrainState
     checkpoints: Checkpoints
     step: int
@@ -70,9 +71,6 @@ class Run:
         main = jax.process_index() == 0
         config, cfg = self.config, self.program.cfg
         self.tokens_per_step = config.data.batch * config.data.length
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        # The new state lies where the old one did, so that its buffers can be reused.
-        self._update = jax.jit(self.step_fn.update, donate_argnums=0, out_shardings=(shardings, None))
         self._evaluate = jax.jit(self.program.eval_fn)
         ema = config.step.ema
         self._averaged = None if ema is None else jax.jit(partial(averaged, decay=ema.decay))
@@ -117,7 +115,7 @@ class Run:
         first, count = self.config.profile.start, self.config.profile.steps
         if first == self.step + 1:
             jax.profiler.start_trace(str(self.folder / PROFILE))
-        self.state, metrics = self._update(self.state, batch)
+        self.state, metrics = self.update_fn(self.state, batch)
         self.step += 1
         if first is not None and self.step == first + count - 1:
             jax.block_until_ready(self.state)
@@ -237,16 +235,19 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     key = jax.random.key(config.seed)
     target = abstract_state(step, program, key)
     restored = checkpoints.restore(target, fresh=fresh)
+    # Compiling is the longest wait of a run's start, so whatever else there is to do is done beside it. What is needed
+    # first goes first: XLA compiles in the order of asking.
     if restored is None:
-        params = program.init(jax.random.fold_in(key, 0))
-        shardings = jax.tree.map(lambda x: x.sharding, target)
-        state = jax.jit(step.init, out_shardings=shardings)(params, jax.random.fold_in(key, 1))
+        init, init_rest = map(compile_beside, lower_init(step, program, target, key))
+    update = compile_beside(lower(step, program, target, config.data.batch, config.data.length))
+    if restored is None:
+        state = init_rest(init(jax.random.fold_in(key, 0)), jax.random.fold_in(key, 1))
     else:
         state, meta = restored
         for note in meta.notes:
             say(note)
         say(f"going on from step {meta.step} of {config.steps}, example {int(state.data_position)}")
-    run = Run(config, folder, say, pipeline, program, step, state, checkpoints, int(state.step))
+    run = Run(config, folder, say, pipeline, program, update, state, checkpoints, int(state.step))
     if config.baseline:
         run.baseline = pipeline.bigram_loss(config.evaluate_batches, config.data.batch)
         say(f"bigram model: held-out loss {run.baseline:.4f} nats per token")

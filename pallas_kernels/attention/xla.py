@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpar.pallas_kernels.attention.block import dropped, gradients, masked_logits
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
 
-BLOCK = 32
-"""Queries in a block, at least."""
+BLOCK = 64
+"""Queries in a block, at least: shorter ones make more kernels to compile than they save."""
 ATTENTION_OUT, ATTENTION_LSE = "attention_out", "attention_lse"
 """What a rematerialisation policy may keep, so that the backward pass does not begin with the forward pass."""
 MOST_BLOCKS = 4
