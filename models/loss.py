@@ -101,8 +101,11 @@ def _chunk(cap, ops, unembed, precise, gradients, x, targets, weights):
 
         def pull(d_logits):
             d = d_logits.astype(x.dtype)
-            # x first: a backend that must copy to transpose copies the smaller of the two.
-            dw = jnp.einsum("btd,btv->dv", x, d, preferred_element_type=precise).T
+            if x.dtype == precise:
+                # x first: a backend that must copy to transpose copies the smaller of the two.
+                dw = jnp.einsum("btd,btv->dv", x, d).T
+            else:  # XLA on CPU cannot write a product of bfloat16 in float32 the other way around
+                dw = jnp.einsum("btv,btd->vd", d, x, preferred_element_type=precise)
             return jnp.einsum("btv,vd->btd", d, w), dw
     else:
         project = lambda x, w: ops.matmul(x, w.T).astype(precise)

@@ -210,6 +210,19 @@ def test_bfloat16_compute_is_close_and_keeps_float32_parameters(cfg):
     assert 0 < error < 0.05
 
 
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_bfloat16_gradients_compile_and_are_close(loop):
+    cfg = BASE.replace(layer_loop=loop)
+    params, tokens = params_of(cfg), tokens_of(cfg)
+
+    def grads(cfg):
+        return jax.jit(jax.grad(lambda p: decoder.loss(cfg, p, tokens, tokens).loss_sum))(params)
+
+    for a, b in zip(jax.tree.leaves(grads(cfg.replace(dtype="bfloat16"))), jax.tree.leaves(grads(cfg)), strict=True):
+        assert a.dtype == jnp.float32
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+
 def test_configs_that_cannot_be_are_refused_with_their_numbers():
     for change, words in [
         ({"heads": 5, "kv_heads": 5, "head_size": None}, "width = 32 is not divisible by model.heads = 5"),

@@ -39,6 +39,21 @@ def test_value_and_gradients_against_float64(chunk, cap):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
 
 
+@pytest.mark.parametrize("chunk", [4, 99])
+def test_bfloat16_operands_under_jit(chunk):
+    """Compiled, because backends differ in what products of bfloat16 they have; against float64 of the same numbers."""
+    with jax.enable_x64(True):
+        x, w, targets, weights = inputs()
+        half = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16).astype(jnp.float32)
+        ours = lambda x, w: cross_entropy(x, w, targets, weights.astype(np.float32), chunk=chunk)[0]
+        found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(*half)
+        theirs = lambda x, w: dense(x, w, targets, weights)
+        expected = jax.value_and_grad(theirs, argnums=(0, 1))(*(h.astype(jnp.float64) for h in half))
+        assert found[1][1].dtype == jnp.float32, "parameters are float32, and so are their gradients"
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert np.linalg.norm(np.asarray(a, np.float64) - b) < 1e-2 * np.linalg.norm(b)
+
+
 def test_another_matmul_is_differentiated_as_it_is():
     """A quantised product, say: the loss must follow the function that it was given."""
     x, w, targets, weights = inputs(np.float32)
