@@ -29,7 +29,7 @@ def explain_run(config: RunConfig, *, compiled: bool = False):
     specs = decoder.spec(cfg)
     rows = config.data.batch // config.step.accumulate
     mesh = settled(config)
-    check(specs, mesh, rules, rows=rows)
+    check(specs, mesh, rules, rows=rows, activations={"length": config.data.length})
     tx = make(config.optimiser, specs, steps=config.steps)
     optimiser = state_specs(jax.eval_shape(tx.init, abstract(specs)), specs)
     return explain(
@@ -46,7 +46,7 @@ def explain_run(config: RunConfig, *, compiled: bool = False):
 
 def settled(config: RunConfig) -> MeshConfig:
     """The mesh with all its sizes. One that is given whole needs no devices; "rest" is what this machine has left."""
-    if "rest" not in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor):
+    if "rest" not in vars(config.mesh).values():
         return config.mesh
     return config.mesh.fit(config.fake_devices or jax.device_count())
 

@@ -213,10 +213,15 @@ def _groups(rest: str, devices: int) -> list[list[int]]:
         shape, dims = _ints(m[1]), _ints(m[2])
         ids = np.arange(math.prod(dims)).reshape(dims)
         return (ids.transpose(_ints(m[3])) if m[3] else ids).reshape(shape).tolist()
-    # mesh['a'=4,'b'=2] {'b'}
-    if m := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+    # mesh['a'=4,'b'=2] {'b'}, or with devices in another order: mesh['a'=4,'b'=2], device_ids=([2,2,2]T(1,0,2)) {'b'}
+    form = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
+    if m := re.search(form, rest):
         names = dict((k, int(v)) for k, v in re.findall(r"'([^']+)'=(\d+)", m[1]))
-        return _groups_over(re.findall(r"'([^']+)'", m[2]), names)
+        groups = np.asarray(_groups_over(re.findall(r"'([^']+)'", m[4]), names))
+        if m[2] is None:
+            return groups.tolist()
+        ids = np.arange(math.prod(_ints(m[2]))).reshape(_ints(m[2]))
+        return (ids.transpose(_ints(m[3])) if m[3] else ids).ravel()[groups].tolist()
     if m := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest):
         return [_ints(g) for g in re.findall(r"\{([\d,]+)\}", m[1])]
     return [list(range(devices))]

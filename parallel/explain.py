@@ -13,9 +13,16 @@ The collectives derive from the rules alone, so that they can be read before any
 - A kernel that sums over a dimension which stays ([H_tensor, K, D]: heads come before embed) leaves partial sums: an
   all-reduce of the activation [B, T, D] in the forward pass. One that spreads ([D, H_tensor, K]) does so in the
   backward pass, once for all kernels that read the same input (XLA:CPU does not merge these: one for each kernel).
+- A layer on `stage` is used where it lies, and nothing gathers it. What travels is [B, T, D]: each microbatch once to
+  the next stage, and its gradient back.
+- Tokens on `sequence` need the keys and values of the others: these go round a ring, in the forward and again in the
+  backward pass, and their float32 gradients with them. Other kinds of attention send other amounts
+  (`jaxpar.parallel.sequence.choose`).
 
-Left out: sums of scalars and the softmax over a sharded vocabulary, a few bytes a token. The compiler may do better
-(neighbouring passes share one gather) or worse (the gradient of a looked-up table is summed whole, not scattered).
+Left out: sums of scalars and the softmax over a sharded vocabulary, a few bytes a token; and of a pipeline the ticks in
+which a stage idles, more hops where a stage has several parts of the layers, weights that are gathered again for each
+microbatch, and sums over `stage` for the tensors that every stage holds. The compiler may do better (neighbouring passes share one gather) or worse (the gradient of a
+looked-up table is summed whole, not scattered).
 Pass a compiled step to see what the compiler made of it.
 """
 
@@ -42,7 +49,8 @@ LETTERS = {
     "batch": "B",
     "length": "T",
 }
-SHORT = {"all-gather": "AG", "reduce-scatter": "RS", "all-reduce": "AR"}
+SHORT = {"all-gather": "AG", "reduce-scatter": "RS", "all-reduce": "AR", "collective-permute": "CP"}
+STAGE, SEQUENCE = "stage", "sequence"
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ def explain(
     *,
     rows: int | None = None,
     length: int | None = None,
+    microbatches: int = 1,
     compute_dtype: str = "float32",
     optimiser: Tree | None = None,
     compiled: Any = None,
@@ -89,6 +98,7 @@ def explain(
       specs: the parameters' specs (`.shape`, `.axes`, `.dtype`).
       mesh: a Mesh, a MeshConfig, or a mapping `{axis: size}`.
       rows, length: the global batch, in rows and tokens; without them activation collectives are left out.
+      microbatches: into how many a pipeline cuts these rows. Each hop is smaller the more there are; their sum is not.
       compute_dtype: the dtype in which weights are gathered and gradients summed.
       optimiser: the specs of the optimiser's state. None: two float32 moments for each parameter (AdamW).
       compiled: a compiled step (`jit(f).lower(...).compile()`) or its text: its collectives are counted.
@@ -99,7 +109,11 @@ def explain(
     by_name = {name: weight_collectives(name, leaf, rules, sizes, compute_dtype, tied) for name, leaf in leaves}
     activations = []
     if rows is not None and length is not None:
-        activations = activation_collectives(leaves, rules, sizes, rows, length, compute_dtype, tied)
+        activations = [
+            *activation_collectives(leaves, rules, sizes, rows, length, compute_dtype, tied),
+            *ring_collectives(leaves, rules, sizes, rows, length, compute_dtype),
+            *stage_collectives(leaves, rules, sizes, rows, length, compute_dtype, microbatches),
+        ]
     params = sum(local_bytes(leaf, rules, sizes) for _, leaf in leaves)
     moments = 2 * sum(local_bytes(leaf, rules, sizes) // itemsize(leaf.dtype) * 4 for _, leaf in leaves)
     if optimiser is not None:
@@ -127,7 +141,7 @@ def explain(
 def weight_collectives(name: str, leaf, rules: Rules, sizes, dtype: str, tied: bool) -> list[Collective]:
     """What one parameter costs a step: gathers forward and backward, and the sum of its gradient over the batch."""
     stacked = bool(leaf.axes) and leaf.axes[0] == "layers"
-    times = leaf.shape[0] if stacked else 1
+    times = _layers(leaf, rules, sizes)
     element = itemsize(dtype) if len(leaf.shape) - stacked > 1 else itemsize(leaf.dtype)
     gathered, stay = _split(leaf, rules, sizes)
     batch = _batch_axes(rules, sizes)
@@ -157,11 +171,9 @@ def activation_collectives(leaves: list, rules: Rules, sizes, rows, length, dtyp
         _, stay = _split(leaf, rules, sizes)
         if not stay or "embed" not in leaf.axes:
             continue
-        stacked = leaf.axes[0] == "layers"
         width = leaf.axes.index("embed")
         first = min(i for i, axis in enumerate(leaf.axes) if set(rules.mesh_axes(axis)) & set(stay))
-        tokens = rows * length // math.prod(sizes[a] for a in _batch_axes(rules, sizes))
-        nbytes = tokens * leaf.shape[width] * itemsize(dtype)
+        nbytes = _tokens(rules, sizes, rows, length) * leaf.shape[width] * itemsize(dtype)
         group = math.prod(sizes[a] for a in stay)
         # Kernels side by side (query, key, value) read one input: their gradients are added up before they are summed.
         module = "/".join(name.split("/")[:-2]) or name
@@ -170,18 +182,80 @@ def activation_collectives(leaves: list, rules: Rules, sizes, rows, length, dtyp
             passes.append(("backward", f"{name} as the output projection"))
         for which, where in passes:
             key = (which, where, stay)
-            times = leaf.shape[0] if stacked else 1
+            times = _layers(leaf, rules, sizes)
             found[key] = Collective("all-reduce", stay, group, nbytes, times, f"{which} {where}")
     return list(found.values())
 
 
+def ring_collectives(leaves: list, rules: Rules, sizes, rows, length, dtype) -> list[Collective]:
+    """Keys and values round the ring of the devices that share a row's tokens: N - 1 hops, each of one device's share.
+
+    The bytes are those of `jaxpar.parallel.sequence.choose.bytes_per_link` for the kind "ring".
+    """
+    devices = sizes.get(SEQUENCE, 1)
+    if devices == 1 or SEQUENCE not in rules.mesh_axes("length", "activations"):
+        return []
+    found = []
+    for name, leaf in leaves:
+        if "embed" not in leaf.axes or "kv_heads" not in leaf.axes[leaf.axes.index("embed") :]:
+            continue  # no kernel that makes keys or values
+        made = list(zip(leaf.axes, leaf.shape, strict=True))[leaf.axes.index("embed") + 1 :]
+        numbers = _tokens(rules, sizes, rows, length) * math.prod(
+            n // math.prod(sizes[a] for a in rules.mesh_axes(axis, "activations")) for axis, n in made
+        )
+        hops = (devices - 1) * _layers(leaf, rules, sizes)
+        for what, element in (
+            ("forward", itemsize(dtype)),
+            ("backward", itemsize(dtype)),
+            ("gradient of", itemsize("float32")),
+        ):
+            found.append(
+                Collective("collective-permute", (SEQUENCE,), devices, numbers * element, hops, f"{what} {name}, ring")
+            )
+    return found
+
+
+def stage_collectives(leaves: list, rules: Rules, sizes, rows, length, dtype, microbatches: int) -> list[Collective]:
+    """What a stage in the middle sends: each microbatch's activation to the next stage, and its gradient back."""
+    stages = sizes.get(STAGE, 1)
+    stacked = [leaf for _, leaf in leaves if STAGE in _placed(leaf, rules) and "embed" in leaf.axes]
+    if stages == 1 or not stacked:
+        return []
+    width = stacked[0].shape[stacked[0].axes.index("embed")]
+    nbytes = _tokens(rules, sizes, rows, length) // microbatches * width * itemsize(dtype)
+    return [
+        Collective("collective-permute", (STAGE,), stages, nbytes, microbatches, what)
+        for what in ("forward to the next stage", "backward to the stage before")
+    ]
+
+
+def _tokens(rules: Rules, sizes, rows: int, length: int) -> int:
+    """Tokens of the batch on one device."""
+    return rows * length // math.prod(sizes[a] for a in _batch_axes(rules, sizes))
+
+
+def _placed(leaf, rules: Rules) -> tuple[str, ...]:
+    """The mesh axes along which whole layers lie, each used by the device that holds it."""
+    return tuple(a for axis in leaf.axes if axis == "layers" for a in rules.mesh_axes(axis) if a == STAGE)
+
+
+def _layers(leaf, rules: Rules, sizes) -> int:
+    """How many layers of a stacked parameter a device uses; 1 of any other."""
+    if not leaf.axes or leaf.axes[0] != "layers":
+        return 1
+    return leaf.shape[0] // math.prod(sizes[a] for a in _placed(leaf, rules))
+
+
 def _split(leaf, rules: Rules, sizes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A parameter's mesh axes of more than one device: those it is gathered over before use, and those that stay."""
+    """A parameter's mesh axes of more than one device: those it is gathered over before use, and those that stay.
+
+    The stages of its layers are neither.
+    """
     activations = dict(rules.activations)
     gathered, stay = [], []
     for axis in leaf.axes:
         for a in rules.mesh_axes(axis):
-            if sizes[a] > 1:
+            if sizes[a] > 1 and not (axis == "layers" and a == STAGE):
                 (stay if a in activations.get(axis, ()) else gathered).append(a)
     return tuple(gathered), tuple(stay)
 
@@ -223,16 +297,35 @@ def _totals(leaves, record, sizes, activations) -> str:
     devices = math.prod(sizes.values())
     lines = [
         legend,
-        "AG all-gather, RS reduce-scatter, AR all-reduce, and the mesh axes they run over.",
+        "AG all-gather, RS reduce-scatter, AR all-reduce, CP collective-permute, and the mesh axes they run over.",
         f"mesh: {product(sizes)} = {devices} device{'s' if devices > 1 else ''}",
         f"each device holds: parameters {size(held['parameters'])}, gradients {size(held['gradients'])}, "
         f"optimiser {size(held['optimiser'])}, together {size(sum(held.values()))}",
     ]
     if activations:
-        rows = [(c.where, str(c.times), size(c.nbytes), "+".join(c.axes), size(c.sent * c.times)) for c in activations]
-        lines += ["", table(("all-reduce of activations", "a step", "each", "over", "sent"), rows, right=(1, 2, 4))]
+        rows = [
+            (c.where, SHORT[c.op], str(c.times), size(c.nbytes), "+".join(c.axes), size(c.sent * c.times))
+            for c in activations
+        ]
+        head = ("collectives of activations", "op", "a step", "each", "over", "sent")
+        lines += ["", table(head, rows, right=(2, 3, 5)), *_assumed(activations)]
     lines.append(f"each device sends {size(record['sent_bytes_per_step'])} a step (ring algorithms)")
     return "\n".join(lines)
+
+
+def _assumed(activations) -> list[str]:
+    """What the rules do not say, and these rows take for granted."""
+    axes = {axis: c.times for c in activations for axis in c.axes}
+    lines = []
+    if SEQUENCE in axes:
+        lines.append("over sequence: attention as a ring; other kinds send other amounts")
+    if STAGE in axes:
+        n = axes[STAGE]
+        lines.append(
+            f"over stage: a stage in the middle, {n} microbatch{'es' if n > 1 else ''}, one part of the layers each; "
+            "without idle ticks, weights gathered again for each microbatch, and sums over stage for what every stage holds"
+        )
+    return lines
 
 
 def _compiled(counted) -> str:

@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "stage", "fsdp", "sequence", "tensor")
 """Every mesh axis, outermost first. Neighbours on the last axis are neighbours on the network, so the order is by how
 often an axis communicates, and how much of that lies on the critical path:
 
-    data     once a step: all-reduce of the gradients
-    fsdp     twice a layer: all-gather of its weights; once: reduce-scatter of its gradients; all of it prefetchable
-    tensor   four times a layer: all-reduce of the activations, which the next matmul waits for
+    data       once a step: all-reduce of the gradients
+    stage      once a microbatch and stage: an activation to the neighbour, and a gradient back
+    fsdp       twice a layer: all-gather of its weights; once: reduce-scatter of its gradients; all of it prefetchable
+    sequence   twice a layer: keys and values round the ring, beside the attention that they are for
+    tensor     four times a layer: all-reduce of the activations, which the next matmul waits for
 
 Every mesh has all of them (of size 1 where unused), so a PartitionSpec made for one mesh is valid on each.
 """
@@ -34,12 +36,16 @@ class MeshConfig:
 
     Attributes:
       data: copies of the model; each sees other rows of the batch.
+      stage: pipeline stages; each holds a part of the layers, and all rows of the batch pass through every one.
       fsdp: devices that share one copy's parameters and optimiser state (ZeRO-3); each sees other rows of the batch.
+      sequence: devices that share each row's tokens (ring attention and its kind).
       tensor: devices that share each layer's heads, hidden units and vocabulary; all see the same rows.
     """
 
     data: Size = 1
+    stage: Size = 1
     fsdp: Size = 1
+    sequence: Size = 1
     tensor: Size = 1
 
     def __post_init__(self):
@@ -128,8 +134,9 @@ def factorisations(n: int, parts: int) -> Iterable[tuple[int, ...]]:
 
 
 def product(sizes: Mapping[str, Size]) -> str:
-    """`data(2) × tensor(4)`, as it stands in messages."""
-    return " × ".join(f"{axis}({size})" for axis, size in sizes.items())
+    """`data(2) × tensor(4)`, as it stands in messages: axes of size 1 are left out, unless all are."""
+    used = {axis: size for axis, size in sizes.items() if size != 1} or dict(list(sizes.items())[:1])
+    return " × ".join(f"{axis}({size})" for axis, size in used.items())
 
 
 def mesh_sizes(mesh: Any) -> dict[str, int]:
@@ -167,17 +174,17 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None):
 def over_slices(sizes: Mapping[str, int], slices: int) -> tuple[int, ...]:
     """How many slices lie along each axis, outermost axes first: ({data: 4, fsdp: 4, tensor: 1}, 8) -> (4, 2, 1).
 
-    Raises ValueError where that would put a slice boundary across the tensor axis.
+    Raises ValueError where that would put a slice boundary across the sequence or tensor axis.
     """
     left, across = slices, []
     for axis, size in sizes.items():
-        n = 1 if axis == "tensor" else math.gcd(size, left)
+        n = 1 if axis in ("sequence", "tensor") else math.gcd(size, left)
         across.append(n)
         left //= n
     if left > 1:
         raise ValueError(
-            f"mesh {product(sizes)} cannot be laid over {slices} slices: data × fsdp must be a multiple of "
-            f"{slices}, because tensor collectives are too frequent for the network between slices"
+            f"mesh {product(sizes)} cannot be laid over {slices} slices: data × stage × fsdp must be a multiple of "
+            f"{slices}, because sequence and tensor collectives are too frequent for the network between slices"
         )
     return tuple(across)
 

@@ -1,7 +1,7 @@
 """Axis rules: which mesh axes each logical axis of a tensor lies on, checked before anything is traced.
 
-A model names logical axes ("embed", "heads", "batch"); a mesh has axes ("data", "fsdp", "tensor"). Rules join the two,
-and nothing else does: another layout is another table here and no other line of code. Free of JAX at import.
+A model names logical axes ("embed", "heads", "batch"); a mesh has axes ("data", "fsdp", "tensor", ...). Rules join the
+two, and nothing else does: another layout is another table here and no other line of code. Free of JAX at import.
 
 Everything is duck-typed on `.shape`, `.axes` and `.dtype`: parameters, optimiser moments, averaged copies.
 """
@@ -23,7 +23,7 @@ Pairs = tuple[tuple[str, tuple[str, ...]], ...]
 LARGE = 64 * 2**20
 """Bytes from which on a tensor that lies whole on every device is worth an error. A float32 [8192, 2048] kernel."""
 SHARING = ("fsdp", "tensor")
-"""The mesh axes that are there to share parameters. On the others whole copies are meant."""
+"""The mesh axes that are there to share any parameter. On the others whole copies are meant, or (stage) whole layers."""
 
 PARAMS: dict[str, tuple[str, ...]] = {
     "vocabulary": ("tensor",),
@@ -33,11 +33,11 @@ PARAMS: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "head_size": (),
     "norm": (),
-    "layers": (),
+    "layers": ("stage",),
 }
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "length": (),
+    "length": ("sequence",),
     "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -212,12 +212,14 @@ def _check_divides(what: str, axis: str, size: int, row: tuple[str, ...], sizes:
         return
     near = " or ".join(str(v) for v in (size // n * n, -(-size // n) * n) if v > 0)
     head = f"{what} of {size} rows" if axis == "batch" else f"{what} ({axis} = {size})"
-    equation = product({a: sizes[a] for a in row}) + (f" = {n}" if len(row) > 1 else "")
+    used = [a for a in row if sizes[a] > 1]
+    equation = product({a: sizes[a] for a in used}) + (f" = {n}" if len(used) > 1 else "")
     fewer = max(d for d in range(1, n) if size % d == 0)
-    whole = "" if axis == "batch" else f", or replicate it with Rules().replicate({axis!r})"
+    # Rows, tokens and layers that lie whole on every device would leave these axes without a purpose.
+    whole = "" if axis in ("batch", "length", "layers") else f", or replicate it with Rules().replicate({axis!r})"
     raise ValueError(
         f"{head} does not divide over {equation}: {size} / {n} is no whole number; use {near}, or {fewer} instead of "
-        f"{n} devices along {' and '.join(row)}{whole}"
+        f"{n} devices along {' and '.join(used)}{whole}"
     )
 
 

@@ -281,9 +281,15 @@ def test_generate(run, capsys):
 def test_explain(capsys):
     assert main(["explain", "tiny", "--mesh", "data=2,tensor=16", "--heads", "16", "--width", "64"]) == 0
     out = capsys.readouterr().out
-    assert "mesh: data(2) × fsdp(1) × tensor(16) = 32 devices" in out  # more than there are here
+    assert "mesh: data(2) × tensor(16) = 32 devices" in out  # more than there are here
     assert "each device holds: parameters" in out
     assert "[L, D, H_tensor, K]" in out
+    assert main(["explain", "tiny", "--mesh", "stage=2,sequence=rest"]) == 0  # of the eight devices that tests have
+    out = capsys.readouterr().out
+    assert "mesh: stage(2) × sequence(4) = 8 devices" in out
+    assert "[L_stage, D, H, K]" in out
+    assert main(["explain", "tiny", "--mesh", "sequence=3"]) == 2
+    assert "does not divide over sequence(3)" in capsys.readouterr().err
     assert main(["explain", "tiny", "--mesh", "data=2,fsdp=2,tensor=2", "--compile"]) == 0
     assert "compil" in capsys.readouterr().out
 

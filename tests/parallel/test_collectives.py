@@ -11,7 +11,8 @@ from jaxpar.parallel.mesh import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.quick
 
-CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2).sizes
+RING = MeshConfig(stage=2, fsdp=2, sequence=2).sizes
 
 
 def one(instruction: str, sizes=CUBE) -> Collective:
@@ -34,6 +35,8 @@ def one(instruction: str, sizes=CUBE) -> Collective:
         ("[1,8]<=[8]", ("data", "fsdp", "tensor"), 8),
         ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", ("data", "fsdp"), 4),
         ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}", ("tensor",), 2),
+        ("mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}", ("fsdp",), 2),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_1'}", ("data", "tensor"), 4),
         ("{}", ("data", "fsdp", "tensor"), 8),
         ("{{0,1},{2,3},{4,6},{5,7}}", None, 2),
     ],
@@ -44,6 +47,19 @@ def test_groups_are_named_by_the_axes_they_run_over(groups, axes, size):
         assert np.arange(8).reshape(4, 2).T.reshape(4, 2).tolist() == [[0, 2], [4, 6], [1, 3], [5, 7]]
     found = one(f"%a = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add")
     assert (found.axes, found.group) == (axes, size)
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", ("sequence",)),
+        ("[4,2]<=[2,2,2]T(2,1,0)", ("stage",)),
+        ("[2,4]<=[8]", ("fsdp", "sequence")),
+        ("[1,8]<=[8]", ("stage", "fsdp", "sequence")),
+    ],
+)
+def test_groups_over_stages_and_the_sequence(groups, axes):
+    assert one(f"%a = f32[4]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%add", RING).axes == axes
 
 
 @pytest.mark.parametrize(
@@ -85,6 +101,11 @@ def test_permutes_are_named_by_the_axes_along_which_anything_moves():
     assert (found.axes, found.group) == (("fsdp",), 2)
     found = one("%a = f32[4]{0} collective-permute(%p), source_target_pairs={{0,3},{1,1}}")
     assert found.axes == ("fsdp", "tensor")
+    # To the next stage alone, and round a ring of two.
+    found = one("%a = f32[4]{0} collective-permute(%p), source_target_pairs={{0,4},{1,5},{2,6},{3,7}}", RING)
+    assert (found.axes, found.group) == (("stage",), 2)
+    found = one("%a = f32[4]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0},{6,7},{7,6}}", RING)
+    assert (found.axes, found.group) == (("sequence",), 2)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from jaxpar.models.spec import Normal, ParamSpec, map_specs
 from jaxpar.parallel.explain import explain, notation, size, table
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
 from jaxpar.parallel.rules import Rules, batch_sharding, constrain, shardings
+from jaxpar.parallel.sequence.choose import Workload, bytes_per_link
 
-CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+ONE = MeshConfig().sizes
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2).sizes
 LAYERS, ROWS, LENGTH = 3, 8, 16
 SPECS = tree(layers=LAYERS, context=LENGTH)
 
@@ -40,8 +42,15 @@ def test_notation(axes, shape, kind, expected):
 
 
 @pytest.mark.quick
+def test_notation_of_stages_and_the_sequence():
+    sizes = MeshConfig(stage=2, fsdp=2, sequence=2).sizes
+    assert notation(("layers", "embed", "mlp"), Rules(), sizes) == "[L_stage, D_fsdp, F]"
+    assert notation(("batch", "length", "mlp"), Rules(), sizes, kind="activations") == "[B_fsdp, T_sequence, F]"
+
+
+@pytest.mark.quick
 def test_notation_leaves_out_axes_of_one_device():
-    assert notation(("embed", "mlp"), Rules(), {"data": 8, "fsdp": 1, "tensor": 1}) == "[D, F]"
+    assert notation(("embed", "mlp"), Rules(), {**ONE, "data": 8}) == "[D, F]"
 
 
 @pytest.mark.quick
@@ -49,7 +58,7 @@ def test_one_kernel_by_hand():
     """[3, 32, 4, 5] float32 over fsdp(2) and tensor(2), in a mesh of 8: every number counted by hand."""
     found = row(explain(SPECS, CUBE, Rules()), "layers/attention/query/kernel")
     assert found["notation"] == "kernel[L, D_fsdp, H_tensor, K]"
-    assert found["spec"] == [[], ["fsdp"], ["tensor"], []]
+    assert found["spec"] == [["stage"], ["fsdp"], ["tensor"], []]
     assert found["bytes_per_device"] == 3 * 16 * 2 * 5 * 4
     layer = 32 * 2 * 5 * 4  # gathered over fsdp, still cut by tensor
     common = {"group": 2, "where": "layers/attention/query/kernel"}
@@ -75,11 +84,11 @@ def test_totals_and_optimiser():
 
 @pytest.mark.quick
 def test_one_device_sends_nothing():
-    alone = explain(SPECS, {"data": 1, "fsdp": 1, "tensor": 1}, Rules(), rows=ROWS, length=LENGTH)
+    alone = explain(SPECS, ONE, Rules(), rows=ROWS, length=LENGTH)
     assert alone.record["sent_bytes_per_step"] == 0
     assert alone.record["activations"] == []
     assert all(p["collectives"] == [] for p in alone.record["parameters"])
-    assert "mesh: data(1) × fsdp(1) × tensor(1) = 1 device\n" in alone.text
+    assert "mesh: data(1) = 1 device\n" in alone.text
 
 
 @pytest.mark.quick
@@ -92,12 +101,77 @@ def test_each_axis_costs_what_it_is_known_for():
     assert ops(data=8) == ({("all-reduce", "data")}, set())
     assert ops(fsdp=8)[0] >= {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
     assert ops(tensor=2) == (set(), {("all-reduce", "tensor")})
+    assert ops(stage=3) == (set(), {("collective-permute", "stage")})
+    assert ops(sequence=4) == ({("all-reduce", "sequence")}, {("collective-permute", "sequence")})
+    assert ops(data=2, sequence=4)[0] == {("all-reduce", "data", "sequence")}
     # Two all-reduces of [B, T, D] a layer forward and two backward, one for the embedding, one for the head.
     e = explain(SPECS, MeshConfig(tensor=2), Rules(), rows=ROWS, length=LENGTH, compute_dtype="bfloat16")
     assert sum(c["times"] for c in e.record["activations"]) == 4 * LAYERS + 2
     assert {c["bytes"] for c in e.record["activations"]} == {ROWS * LENGTH * 32 * 2}
     forward = [c for c in e.record["activations"] if c["where"].startswith("forward")]
     assert sum(c["times"] for c in forward) == 2 * LAYERS + 1
+
+
+@pytest.mark.quick
+def test_a_stage_holds_its_layers_and_works_on_no_others():
+    deep = tree(layers=4, context=LENGTH)
+    told = dict(rows=ROWS, length=LENGTH, compute_dtype="bfloat16")
+    whole = explain(deep, MeshConfig(fsdp=2, tensor=2), Rules(), **told)
+    half = explain(deep, MeshConfig(stage=2, fsdp=2, tensor=2), Rules(), **told)
+    for name in spec.flatten(deep):
+        before, after = row(whole, name), row(half, name)
+        times = lambda r: [(c["op"], c["axes"], c["bytes"], c["times"]) for c in r["collectives"]]
+        stages = 2 if name.startswith("layers/") else 1
+        assert after["bytes_per_device"] * stages == before["bytes_per_device"], name
+        assert times(before) == [(*c, n * stages) for *c, n in times(after)], name
+    inside = lambda e: sum(c["times"] for c in e.record["activations"] if "layers/" in c["where"])
+    assert 2 * inside(half) == inside(whole) == 4 * 4
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_pipeline_sends_activations_to_the_neighbour(microbatches):
+    mesh = MeshConfig(stage=3, fsdp=2)
+    e = explain(SPECS, mesh, Rules(), rows=ROWS, length=LENGTH, microbatches=microbatches, compute_dtype="bfloat16")
+    nbytes = ROWS // 2 * LENGTH * 32 * 2  # the rows of a device, whatever their number of microbatches
+    common = {"op": "collective-permute", "axes": ["stage"], "group": 3, "bytes": nbytes // microbatches}
+    common |= {"times": microbatches, "sent_bytes_per_step": nbytes}
+    assert e.record["activations"] == [
+        {**common, "where": "forward to the next stage"},
+        {**common, "where": "backward to the stage before"},
+    ]
+    (forward,) = [line for line in e.text.splitlines() if line.startswith("forward to the next stage ")]
+    assert [c.strip() for c in forward.split("|")][1:3] == ["CP", str(microbatches)]
+    assert f"over stage: a stage in the middle, {microbatches} microbatch" in e.text
+    assert "over sequence" not in e.text
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sizes", [{"sequence": 4}, {"data": 2, "stage": 3, "sequence": 2, "tensor": 2}], ids=str)
+def test_keys_and_values_go_round_a_ring(sizes):
+    mesh = MeshConfig(**sizes)
+    e = explain(SPECS, mesh, Rules(), rows=ROWS, length=LENGTH, compute_dtype="bfloat16")
+    found = [c for c in e.record["activations"] if c["axes"] == ["sequence"]]
+    assert {c["op"] for c in found} == {"collective-permute"}
+    assert {c["times"] for c in found} == {LAYERS // mesh.stage * (mesh.sequence - 1)}
+    assert {c["where"].split()[-2].rstrip(",") for c in found} == {
+        "layers/attention/key/kernel",
+        "layers/attention/value/kernel",
+    }
+    work = Workload(LENGTH, 4 // mesh.tensor, 2 // mesh.tensor, 5, mesh.sequence, itemsize=2, batch=ROWS // mesh.data)
+    passes = sum(bytes_per_link("ring", work, backward=backward).total for backward in (False, True))
+    assert sum(c["sent_bytes_per_step"] for c in found) == LAYERS // mesh.stage * passes
+    assert "over sequence: attention as a ring" in e.text
+    # Other activations are shorter by as much.
+    alone = explain(SPECS, MeshConfig(tensor=2), Rules(), rows=ROWS, length=LENGTH).record["activations"]
+    both = explain(SPECS, MeshConfig(sequence=4, tensor=2), Rules(), rows=ROWS, length=LENGTH).record["activations"]
+    assert [c["bytes"] for c in alone] == [4 * c["bytes"] for c in both if c["op"] == "all-reduce"]
+
+
+@pytest.mark.quick
+def test_tokens_that_lie_whole_go_round_no_ring():
+    e = explain(SPECS, MeshConfig(sequence=4), Rules().with_activations(length=()), rows=ROWS, length=LENGTH)
+    assert e.record["sent_bytes_per_step"] == 0
 
 
 @pytest.mark.quick
@@ -120,7 +194,7 @@ def test_the_text_has_a_line_for_every_parameter():
     assert [c.strip() for c in query.split("|")] == [
         "layers/attention/query/kernel",
         "[L, D_fsdp, H_tensor, K]",
-        "P(-, fsdp, tensor, -)",
+        "P(stage, fsdp, tensor, -)",
         "1.9 KiB",
         "6 AG(fsdp), 3 RS(fsdp), 3 AR(data)",
     ]
@@ -128,6 +202,7 @@ def test_the_text_has_a_line_for_every_parameter():
         assert sum(line.startswith(f"{name} ") for line in lines) == 1
     assert "mesh: data(2) × fsdp(2) × tensor(2) = 8 devices" in e.text
     assert "H heads = 4" in e.text
+    assert "over s" not in e.text  # nothing is said of axes that are not used
     assert json.loads(json.dumps(e.record)) == e.record
 
 
@@ -171,7 +246,11 @@ def loss(spread, params, tokens):
 @pytest.fixture(scope="module")
 def compiled(devices):
     """The gradient of `loss` on data(2) × fsdp(2) × tensor(2), and the parameters that go in."""
-    mesh, rules = make_mesh(MeshConfig(2, 2, 2)), Rules()
+    return compile_on(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def compile_on(cfg):
+    mesh, rules = make_mesh(cfg), Rules()
     declared = shardings(SPECS, mesh, rules)
     params = jax.tree.map(
         lambda s, place: jax.device_put(np.zeros(s.shape, np.float32), place),
@@ -191,6 +270,42 @@ def test_bytes_are_those_on_a_device(compiled):
         for part in name.split("/"):
             leaf = leaf[part]
         assert {s.data.nbytes for s in leaf.addressable_shards} == {row(e, name)["bytes_per_device"]}, name
+
+
+def test_bytes_of_layers_on_stages(devices):
+    deep, mesh, rules = tree(layers=4), make_mesh(MeshConfig(stage=4, fsdp=2)), Rules()
+    e = explain(deep, mesh, rules)
+    for name, leaf in spec.flatten(deep).items():
+        (place,) = shardings([leaf], mesh, rules)
+        held = jax.device_put(np.zeros(leaf.shape, np.float32), place).addressable_shards
+        assert {s.data.nbytes for s in held} == {row(e, name)["bytes_per_device"]}, name
+
+
+@pytest.mark.parametrize("cfg", [MeshConfig(fsdp=2, sequence=4), MeshConfig(data=2, fsdp=2, sequence=2)], ids=str)
+def test_the_compiler_sums_weights_over_the_sequence_too(cfg, devices):
+    """The stand-in mixes no tokens: what is left over `sequence` are the sums of gradients."""
+    e = explain(SPECS, cfg, Rules(), rows=ROWS, length=LENGTH, compiled=compile_on(cfg)[0])
+
+    def payload(found, op, axes):
+        inside = [c for c in found if c["op"] == op and c["axes"] == axes and c["times"] % LAYERS == 0]
+        return sum(c["bytes"] * c["times"] for c in inside)
+
+    derived = [c for p in e.record["parameters"] for c in p["collectives"]]
+    made = e.record["compiled"]["collectives"]
+    rows = [a for a in ("data", "fsdp") if cfg.sizes[a] > 1]
+    kernels = [a for a in ("data", "sequence") if cfg.sizes[a] > 1]
+    # Vectors: XLA:CPU sums over rows and over tokens one after the other.
+    vectors = payload(derived, "all-reduce", [*rows, "sequence"])
+    assert vectors > 0
+    expected = {
+        ("all-gather", "fsdp"): payload(derived, "all-gather", ["fsdp"]),
+        ("all-reduce", "fsdp"): payload(derived, "reduce-scatter", ["fsdp"]),
+        ("all-reduce", *kernels): payload(derived, "all-reduce", kernels),
+    }
+    assert all(expected.values())
+    for apart in (rows, ["sequence"]):
+        expected[("all-reduce", *apart)] = expected.get(("all-reduce", *apart), 0) + vectors
+    assert {(op, *axes): payload(made, op, axes) for op, *axes in expected} == expected
 
 
 def test_the_compiler_makes_the_collectives_that_the_rules_imply(compiled):

@@ -1,6 +1,8 @@
 """Parameters are a function of the key alone: bitwise the same on every mesh, however they are spread."""
 
+import math
 from functools import partial
+from itertools import combinations
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from example_tree import tree
 
 from jaxpar.models import spec
-from jaxpar.parallel.mesh import AXES, MeshConfig, factorisations, make_mesh
+from jaxpar.parallel.mesh import AXES, MeshConfig, make_mesh
 from jaxpar.parallel.rules import Rules, check, shardings
 
 
@@ -22,8 +24,18 @@ def some(layers):
     }
 
 
-SPECS = some(layers=3)
-MESHES = [MeshConfig(*sizes) for sizes in factorisations(8, len(AXES))]
+SPECS = some(layers=4)
+MESHES = [
+    *(MeshConfig(**{axis: 8}) for axis in AXES if axis != "stage"),
+    MeshConfig(data=2, stage=4),
+    MeshConfig(fsdp=2, tensor=4),
+    MeshConfig(fsdp=4, tensor=2),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=2, stage=2, fsdp=2),
+    MeshConfig(data=2, sequence=2, tensor=2),
+    MeshConfig(stage=2, sequence=2, tensor=2),
+    MeshConfig(fsdp=2, sequence=2, tensor=2),
+]
 KEY = 17
 
 
@@ -38,8 +50,11 @@ def on_one_device(devices):
     return initial(SPECS)
 
 
-def test_all_ten_factorisations_are_here():
-    assert len(MESHES) == 10
+def test_every_two_axes_are_used_together():
+    """All 35 meshes of eight devices would be minutes of compiling."""
+    together = {pair for cfg in MESHES for pair in combinations([a for a in AXES if cfg.sizes[a] > 1], 2)}
+    assert together == set(combinations(AXES, 2))
+    assert {math.prod(cfg.sizes.values()) for cfg in MESHES} == {8}
 
 
 @pytest.mark.parametrize("cfg", MESHES, ids=str)

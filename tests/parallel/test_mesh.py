@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpar.parallel.mesh import AXES, MeshConfig, factorisations, fake_devices, make_mesh, mesh_sizes, over_slices
+from jaxpar.parallel.mesh import (
+    AXES,
+    MeshConfig,
+    factorisations,
+    fake_devices,
+    make_mesh,
+    mesh_sizes,
+    over_slices,
+    product,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -32,8 +41,9 @@ def test_parse(text, expected):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("dat=2", "mesh 'dat=2' has no axis 'dat' (did you mean 'data'?); axes: data, fsdp, tensor"),
-        ("pipeline=2", "has no axis 'pipeline'; axes: data, fsdp, tensor"),
+        ("dat=2", "mesh 'dat=2' has no axis 'dat' (did you mean 'data'?); axes: data, stage, fsdp, sequence, tensor"),
+        ("stages=2", "mesh 'stages=2' has no axis 'stages' (did you mean 'stage'?)"),
+        ("pipeline=2", "has no axis 'pipeline'; axes: data, stage, fsdp, sequence, tensor"),
         ("data=0", "mesh axis data = 0 is not a number of devices; give at least 1, or 'rest'"),
         ("tensor=-4", "mesh axis tensor = -4 is not a number of devices"),
         ("data=2,data=3", "gives axis data twice: 2 and 3; keep one"),
@@ -57,17 +67,25 @@ def test_a_size_is_a_number_of_devices(size):
     ("mesh", "devices", "sentence"),
     [
         (
-            MeshConfig(2, 2, 2),
+            MeshConfig(data=2, fsdp=2, tensor=2),
             4,
-            "mesh data(2) × fsdp(2) × tensor(2) = 8 != 4 devices; nearest that fits: data(1) × fsdp(2) × tensor(2)",
+            "mesh data(2) × fsdp(2) × tensor(2) = 8 != 4 devices; nearest that fits: fsdp(2) × tensor(2)",
         ),
-        (MeshConfig(), 8, "data(1) × fsdp(1) × tensor(1) = 1 != 8 devices; nearest that fits: data(8) × fsdp(1)"),
-        (MeshConfig(tensor=2), 8, "= 2 != 8 devices; nearest that fits: data(4) × fsdp(1) × tensor(2)"),
         (
-            MeshConfig("rest", 1, 3),
+            MeshConfig(data=2, stage=2, fsdp=2, sequence=2, tensor=2),
+            16,
+            "mesh data(2) × stage(2) × fsdp(2) × sequence(2) × tensor(2) = 32 != 16 devices; nearest that fits: "
+            "stage(2) × fsdp(2) × sequence(2) × tensor(2)",
+        ),
+        (MeshConfig(), 8, "mesh data(1) = 1 != 8 devices; nearest that fits: data(8)"),
+        (MeshConfig(fsdp=8), 1, "mesh fsdp(8) = 8 != 1 devices; nearest that fits: data(1)"),
+        (MeshConfig(tensor=2), 8, "= 2 != 8 devices; nearest that fits: data(4) × tensor(2)"),
+        (MeshConfig(stage=2, sequence=2), 8, "= 4 != 8 devices; nearest that fits: data(2) × stage(2) × sequence(2)"),
+        (
+            MeshConfig(data="rest", tensor=3),
             8,
-            "mesh data(rest) × fsdp(1) × tensor(3) does not fit 8 devices (8 / 3 is no whole number); nearest that "
-            "fits: data(2) × fsdp(1) × tensor(4)",
+            "mesh data(rest) × tensor(3) does not fit 8 devices (8 / 3 is no whole number); nearest that "
+            "fits: data(2) × tensor(4)",
         ),
     ],
 )
@@ -105,38 +123,52 @@ def test_factorisations_are_all_there_once(n, parts):
 def test_make_mesh_has_every_axis_and_keeps_neighbours_on_the_last(devices):
     mesh = make_mesh(MeshConfig(data="rest", fsdp=2, tensor=2))
     assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert [d.id for d in mesh.devices[0, 0]] == [0, 1]
+    assert dict(mesh.shape) == {"data": 2, "stage": 1, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert [d.id for d in mesh.devices[0, 0, 0, 0]] == [0, 1]
     assert all(t == jax.sharding.AxisType.Auto for t in mesh.axis_types)
+    ring = make_mesh(MeshConfig(stage=2, fsdp=2, sequence="rest"))
+    assert dict(ring.shape) == {"data": 1, "stage": 2, "fsdp": 2, "sequence": 2, "tensor": 1}
+    assert [d.id for d in ring.devices[0, 0, 0, :, 0]] == [0, 1]
 
 
 def test_make_mesh_takes_the_devices_it_is_given(devices):
     mesh = make_mesh(MeshConfig(fsdp=2), devices[4:6])
     assert [d.id for d in mesh.devices.flat] == [4, 5]
-    with pytest.raises(ValueError, match=r"data\(1\) × fsdp\(2\) × tensor\(1\) = 2 != 3 devices"):
+    with pytest.raises(ValueError, match=r"mesh fsdp\(2\) = 2 != 3 devices"):
         make_mesh(MeshConfig(fsdp=2), devices[:3])
 
 
 def test_sizes_come_from_a_mesh_a_config_or_a_mapping(devices):
-    expected = {"data": 4, "fsdp": 1, "tensor": 2}
-    assert mesh_sizes(make_mesh(MeshConfig(4, 1, 2))) == expected
-    assert mesh_sizes(MeshConfig(4, 1, 2)) == expected
+    expected = {"data": 4, "stage": 1, "fsdp": 1, "sequence": 1, "tensor": 2}
+    assert mesh_sizes(make_mesh(MeshConfig(data=4, tensor=2))) == expected
+    assert mesh_sizes(MeshConfig(data=4, tensor=2)) == expected
     assert mesh_sizes(expected) == expected
     with pytest.raises(ValueError, match=r"mesh axis data is 'rest': its size is known once fit\(devices\) was called"):
-        mesh_sizes(MeshConfig("rest"))
+        mesh_sizes(MeshConfig(data="rest"))
 
 
 @pytest.mark.parametrize(
     ("sizes", "slices", "expected"),
-    [((4, 4, 1), 8, (4, 2, 1)), ((2, 8, 4), 4, (2, 2, 1)), ((6, 2, 2), 4, (2, 2, 1)), ((1, 8, 1), 2, (1, 2, 1))],
+    [
+        ((4, 1, 4, 1, 1), 8, (4, 1, 2, 1, 1)),
+        ((2, 1, 8, 1, 4), 4, (2, 1, 2, 1, 1)),
+        ((6, 1, 2, 1, 2), 4, (2, 1, 2, 1, 1)),
+        ((1, 1, 8, 1, 1), 2, (1, 1, 2, 1, 1)),
+        ((2, 4, 4, 1, 1), 4, (2, 2, 1, 1, 1)),  # stages before fsdp
+        ((2, 1, 2, 4, 1), 4, (2, 1, 2, 1, 1)),  # fsdp before the ring, which is inside a slice
+    ],
 )
 def test_slices_lie_along_the_outer_axes(sizes, slices, expected):
     assert over_slices(dict(zip(AXES, sizes, strict=True)), slices) == expected
 
 
-def test_slices_never_split_the_tensor_axis():
-    with pytest.raises(ValueError, match=r"data\(1\) × fsdp\(2\) × tensor\(4\) cannot be laid over 4 slices"):
-        over_slices({"data": 1, "fsdp": 2, "tensor": 4}, 4)
+@pytest.mark.parametrize("inner", ["sequence", "tensor"])
+def test_slices_never_split_an_inner_axis(inner):
+    sentence = (
+        rf"mesh fsdp\(2\) × {inner}\(4\) cannot be laid over 4 slices: data × stage × fsdp must be a multiple of 4"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        over_slices(MeshConfig(**{"fsdp": 2, inner: 4}).sizes, 4)
 
 
 def test_a_mesh_over_two_slices_keeps_inner_axes_inside_one(monkeypatch):
@@ -147,10 +179,24 @@ def test_a_mesh_over_two_slices_keeps_inner_axes_inside_one(monkeypatch):
     ]
     monkeypatch.setattr(jax.sharding, "Mesh", lambda devices, axes, **_: devices)
     array = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), made)
-    assert array.shape == (2, 2, 2)
+    assert array.shape == (2, 1, 2, 1, 2)
     for along_data in range(2):
         assert len({d.slice_index for d in array[along_data].flat}) == 1
-    assert array[0, 0, 0].slice_index != array[1, 0, 0].slice_index
+    assert array[0, 0, 0, 0, 0].slice_index != array[1, 0, 0, 0, 0].slice_index
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({}, ""),
+        (MeshConfig().sizes, "data(1)"),
+        (MeshConfig(stage=2, tensor=4).sizes, "stage(2) × tensor(4)"),
+        ({"fsdp": 1, "tensor": 1}, "fsdp(1)"),
+        ({"data": "rest", "fsdp": 1}, "data(rest)"),
+    ],
+)
+def test_messages_show_the_axes_that_are_used(sizes, text):
+    assert product(sizes) == text
 
 
 def test_fake_devices_come_too_late_here(devices):

@@ -20,8 +20,8 @@ from jaxpar.parallel.rules import ACTIVATIONS, PARAMS, Rules, batch_sharding, ch
 
 pytestmark = pytest.mark.quick
 
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
-CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+ONE = MeshConfig().sizes
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2).sizes
 P = PartitionSpec
 
 
@@ -36,18 +36,19 @@ class Leaf:
 
 def test_the_default_rules():
     rules = Rules()
-    assert rules.spec_for(("layers", "embed", "heads", "head_size")) == P(None, "fsdp", "tensor", None)
+    assert rules.spec_for(("layers", "embed", "heads", "head_size")) == P("stage", "fsdp", "tensor", None)
+    assert rules.spec_for(("layers", "norm")) == P("stage", None)
     assert rules.spec_for(("vocabulary", "embed")) == P("tensor", "fsdp")
     assert rules.spec_for((None, "embed")) == P(None, "fsdp")
-    assert rules.spec_for(("batch", "length", "embed"), "activations") == P(("data", "fsdp"), None, None)
+    assert rules.spec_for(("batch", "length", "embed"), "activations") == P(("data", "fsdp"), "sequence", None)
     assert rules.spec_for(("batch", "length", "heads", "head_size"), "activations") == P(
-        ("data", "fsdp"), None, "tensor", None
+        ("data", "fsdp"), "sequence", "tensor", None
     )
     assert rules.spec_for(()) == P()
 
 
 def test_rules_that_say_the_same_are_equal_and_hash_alike():
-    reordered = Rules(dict(reversed(PARAMS.items())), {**ACTIVATIONS, "length": None, "mlp": "tensor"})
+    reordered = Rules(dict(reversed(PARAMS.items())), {**ACTIVATIONS, "embed": None, "mlp": "tensor"})
     assert reordered == Rules()
     assert hash(reordered) == hash(Rules())
     assert Rules().with_params(embed=()) != Rules()
@@ -88,7 +89,7 @@ WRONG = {
     ),
     "heads": (
         tree(heads=6, kv_heads=4),
-        {"data": 1, "fsdp": 2, "tensor": 4},
+        {**ONE, "fsdp": 2, "tensor": 4},
         {},
         "layers/attention/out/kernel [2, 6, 5, 32] (and 2 more with the same heads): dimension 1 (heads = 6) does not "
         "divide over tensor(4): 6 / 4 is no whole number; use 4 or 8, or 3 instead of 4 devices along tensor, or "
@@ -96,23 +97,44 @@ WRONG = {
     ),
     "smaller than the mesh axis": (
         tree(kv_heads=2),
-        {"data": 1, "fsdp": 1, "tensor": 4},
+        {**ONE, "tensor": 4},
         {},
         "(kv_heads = 2) does not divide over tensor(4): 2 / 4 is no whole number; use 4, or 2 instead of 4 devices",
     ),
     "width": (
         {"w": Leaf((36, 8), ("embed", "mlp"))},
-        {"data": 1, "fsdp": 8, "tensor": 1},
+        {**ONE, "fsdp": 8},
         {},
         "w [36, 8]: dimension 0 (embed = 36) does not divide over fsdp(8): 36 / 8 is no whole number; use 32 or 40, "
         "or 6 instead of 8 devices along fsdp",
     ),
     "batch": (
         {},
-        {"data": 2, "fsdp": 4, "tensor": 1},
+        {**ONE, "data": 2, "fsdp": 4},
         {"rows": 12},
         "a batch of 12 rows does not divide over data(2) × fsdp(4) = 8: 12 / 8 is no whole number; use 8 or 16, or 6 "
         "instead of 8 devices along data and fsdp",
+    ),
+    "batch on one axis": (
+        {},
+        {**ONE, "stage": 2, "fsdp": 4},  # every stage sees all rows
+        {"rows": 6},
+        "a batch of 6 rows does not divide over fsdp(4): 6 / 4 is no whole number; use 4 or 8, or 3 instead of 4 "
+        "devices along fsdp",
+    ),
+    "layers": (
+        {"norm": Leaf((6, 32), ("layers", "norm"))},
+        {**ONE, "stage": 4},
+        {},
+        "norm [6, 32]: dimension 0 (layers = 6) does not divide over stage(4): 6 / 4 is no whole number; use 4 or 8, "
+        "or 3 instead of 4 devices along stage",
+    ),
+    "length": (
+        {},
+        {**ONE, "sequence": 4},
+        {"activations": {"length": 130}},
+        "an activation (length = 130) does not divide over sequence(4): 130 / 4 is no whole number; use 128 or 132, or "
+        "2 instead of 4 devices along sequence",
     ),
     "activation": (
         {},
@@ -129,7 +151,7 @@ WRONG = {
     ),
     "large and replicated": (
         {"table": Leaf((50257, 1024), ("vocabulary", "embed")), "norm": Leaf((2**25,), ("norm",))},
-        {"data": 2, "fsdp": 4, "tensor": 1},
+        {**ONE, "data": 2, "fsdp": 4},
         {"rules": Rules().replicate("vocabulary", "embed")},
         "table [50257, 1024] lies whole on every device: 196.3 MiB each, the limit is 64.0 MiB, and fsdp(4) could "
         "share it; use Rules().with_params(embed='fsdp'), or a higher limit (large=)",
@@ -168,7 +190,8 @@ def test_a_rule_that_names_an_axis_twice():
 def test_large_tensors_that_may_lie_whole():
     table = {"table": Leaf((50257, 1024), ("vocabulary", "embed"))}
     whole = Rules().replicate("vocabulary", "embed")
-    check(table, {"data": 8, "fsdp": 1, "tensor": 1}, whole)  # whole copies are what `data` means
+    check(table, {**ONE, "data": 8}, whole)  # whole copies are what `data` means
+    check(table, {**ONE, "stage": 4, "sequence": 2}, whole)  # no axis that could share a table
     check({"norm": Leaf((126, 2**20), ("layers", "norm"))}, CUBE, whole)  # 504 MiB, but a vector for each layer
     check(table, CUBE, whole, large=2**28)
     check(table, CUBE, whole, on_large="ignore")
@@ -180,14 +203,14 @@ def test_large_tensors_that_may_lie_whole():
 def test_a_table_that_nothing_could_share_is_no_error():
     """50257 rows do not divide over tensor, and giving its width to tensor would collide in every kernel."""
     specs = {"table": Leaf((50257, 1024), ("vocabulary", "embed")), "up": Leaf((1024, 4096), ("embed", "mlp"))}
-    check(specs, {"data": 4, "fsdp": 1, "tensor": 2}, Rules().replicate("vocabulary"))
+    check(specs, {**ONE, "data": 4, "tensor": 2}, Rules().replicate("vocabulary"))
 
 
 AXIS = st.sampled_from([None, *PARAMS])
 
 
 @given(
-    sizes=st.tuples(*[st.integers(1, 5)] * 3),
+    sizes=st.tuples(*[st.integers(1, 5)] * len(AXES)),
     dimensions=st.lists(st.tuples(AXIS, st.integers(1, 24)), max_size=4),
     changed=st.dictionaries(st.sampled_from(list(PARAMS)), st.sampled_from([(), *[(a,) for a in AXES], AXES[1:]])),
 )
@@ -208,7 +231,7 @@ def test_check_passes_exactly_where_jax_can_shard(sizes, dimensions, changed):
         assert shardings({"t": Leaf(shape, axes)}, mesh, rules)["t"].shard_shape(shape) == expected
 
 
-@given(rows=st.integers(1, 64), sizes=st.tuples(*[st.integers(1, 5)] * 3))
+@given(rows=st.integers(1, 64), sizes=st.tuples(*[st.integers(1, 5)] * len(AXES)))
 def test_check_passes_exactly_where_a_batch_can_be_sharded(rows, sizes):
     mesh = AbstractMesh(sizes, AXES)
     try:
@@ -228,11 +251,11 @@ def test_shardings_of_state_that_looks_like_parameters():
         "rows": Leaf((2, 32), ("layers", "embed")),
         "nothing": None,
     }
-    mesh = AbstractMesh((2, 2, 2), AXES)
+    mesh = AbstractMesh(tuple(CUBE.values()), AXES)
     found = shardings(state, mesh, Rules())
     assert found["count"].spec == P()
     assert found["moments"] == shardings(specs, mesh, Rules())
-    assert found["rows"].spec == P(None, "fsdp")
+    assert found["rows"].spec == P("stage", "fsdp")
     assert found["nothing"] is None
     assert [name for name, _ in named({"a": state})][:2] == [
         "a/moments/embedding/positions",
@@ -252,6 +275,18 @@ def test_shards_on_devices_have_the_declared_sizes(devices):
     assert {s.data.shape for s in w.addressable_shards} == {(3, 2, 5)}
 
 
+def test_layers_lie_on_stages_and_tokens_on_the_sequence_axis(devices):
+    mesh, rules = make_mesh(MeshConfig(stage=2, fsdp=2, sequence=2)), Rules()
+    specs = {"w": ParamSpec((4, 6, 5), ("layers", "embed", "head_size"), Normal(1.0))}
+    check(specs, mesh, rules, rows=4, activations={"length": 6})
+    w = jax.device_put(np.arange(4 * 6 * 5.0).reshape(4, 6, 5), shardings(specs, mesh, rules)["w"])
+    assert {s.data.shape for s in w.addressable_shards} == {(2, 3, 5)}
+    # The first four devices are the first stage.
+    assert [s.index[0].start or 0 for s in w.addressable_shards] == [0] * 4 + [2] * 4
+    tokens = jax.device_put(np.zeros((4, 6)), batch_sharding(mesh, rules, ("batch", "length")))
+    assert {s.data.shape for s in tokens.addressable_shards} == {(2, 3)}
+
+
 def test_a_batch_lies_on_data_and_fsdp(devices):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharding = batch_sharding(mesh, Rules())
@@ -264,6 +299,7 @@ def test_a_batch_lies_on_data_and_fsdp(devices):
     ]
     longer = Rules().with_activations(length="tensor")
     assert batch_sharding(mesh, longer, ("batch", "length")).spec == P(("data", "fsdp"), "tensor")
+    assert batch_sharding(mesh, Rules(), ("batch", "length")).spec == P(("data", "fsdp"), "sequence")
 
 
 def test_constrain_spreads_what_passes_through(devices):
@@ -313,6 +349,6 @@ def test_check_needs_no_device_and_is_fast():
     specs = tree(80, 8192, 64, 8, 128, 28672, 128256, 8192)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check(specs, {"data": 8, "fsdp": 64, "tensor": 8}, Rules(), rows=1024)
+        check(specs, {"data": 2, "stage": 4, "fsdp": 64, "sequence": 1, "tensor": 8}, Rules(), rows=1024)
     with pytest.raises(ValueError, match=r"kv_heads = 8\) does not divide over tensor\(16\)"):
-        check(specs, {"data": 4, "fsdp": 64, "tensor": 16}, Rules(), rows=1024)
+        check(specs, {**ONE, "data": 4, "fsdp": 64, "tensor": 16}, Rules(), rows=1024)

@@ -121,7 +121,10 @@ def test_donation(name):
 def test_checkpoints_on_other_meshes(name, devices, tmp_path):
     """Law 3: saved on eight devices in the middle, restored on one (and back), it goes on as if nothing had been."""
     step = wrapped(TRANSFORMS[name][0])
-    meshes = {"eight": make_mesh(MeshConfig(2, 2, 2), devices), "one": make_mesh(MeshConfig(), devices[:1])}
+    meshes = {
+        "eight": make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices),
+        "one": make_mesh(MeshConfig(), devices[:1]),
+    }
     for first, second in (("eight", "one"), ("one", "eight")):
         states, position = {}, 3
         for mesh in (first, second):
