@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,8 @@ class Context:
       key: the random key of this step, for dropout. None: evaluation, nothing is dropped.
       sample_ids: int32 [B], the global example index of each row, which dropout folds into the key so that it does not
         depend on how rows are spread. Needed where `key` is given.
+      places: int32 [T], the place in its row of each token at hand, which dropout folds in too: a device that holds a
+        part of every row says here which. None: 0, 1, 2, ...
       ops: the functions that the blocks call (static).
     """
 
@@ -92,6 +95,7 @@ class Context:
     cache: KVCache | None = None
     key: jax.Array | None = None
     sample_ids: jax.Array | None = None
+    places: jax.Array | None = None
     ops: Ops = struct.field(pytree_node=False, default=Ops())
 
     def positions_of(self, shape: tuple[int, int]):
@@ -106,12 +110,16 @@ class Context:
 def dropout(cfg, ctx: Context, x_BxTxD, layer, site: int):
     """Zero each element with probability `cfg.dropout` and scale the rest, in training.
 
-    The key folds in the sample, the layer and the site (0 embedding, 1 attention, 2 feed-forward): the noise of a token
-    is the same on every mesh, for every microbatch size, and when a pipeline stage runs alone.
+    The key folds in the layer, the site (0 embedding, 1 attention, 2 feed-forward), the sample and the token's place in
+    its row: the noise of a token is the same on every mesh, however rows and their tokens are spread, for every
+    microbatch size, and when a pipeline stage runs alone.
     """
     if cfg.dropout == 0 or ctx.key is None:
         return x_BxTxD
+    T, D = x_BxTxD.shape[1:]
+    places_T = jnp.arange(T, dtype=jnp.int32) if ctx.places is None else ctx.places
     key = jax.random.fold_in(jax.random.fold_in(ctx.key, layer), site)
     keep = 1.0 - cfg.dropout
-    draw = lambda sample: jax.random.bernoulli(jax.random.fold_in(key, sample), keep, x_BxTxD.shape[1:])
-    return jnp.where(jax.vmap(draw)(ctx.sample_ids), x_BxTxD / keep, 0).astype(x_BxTxD.dtype)
+    token = lambda key, place: jax.random.bernoulli(jax.random.fold_in(key, place), keep, (D,))
+    row = lambda sample: jax.vmap(partial(token, jax.random.fold_in(key, sample)))(places_T)
+    return jnp.where(jax.vmap(row)(ctx.sample_ids), x_BxTxD / keep, 0).astype(x_BxTxD.dtype)

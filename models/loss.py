@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.models.context import Ops, matmul
+from jaxpar.pallas_kernels.varying import alike
 
 
 def cross_entropy(x_BxTxD, unembed_VxD, targets_BxT, weights_BxT, *, chunk: int, cap=None, ops: Ops = Ops()):
@@ -89,7 +90,8 @@ def _run(chunk, cap, ops, x, unembed, targets, weights, *, gradients: bool):
 
     dx = jnp.zeros_like(x) if gradients else None
     dw = jnp.zeros(unembed.shape, precise) if gradients else None
-    losses, dx, dw = jax.lax.fori_loop(0, n, body, (jnp.zeros(targets.shape, precise), dx, dw))
+    start, *_ = alike((jnp.zeros(targets.shape, precise), dx, dw), x, unembed, targets, weights)
+    losses, dx, dw = jax.lax.fori_loop(0, n, body, start)
     return losses[:, :T], dx[:, :T] if gradients else None, dw
 
 

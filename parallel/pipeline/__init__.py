@@ -1,6 +1,6 @@
-"""Pipeline schedules as data: an order of tasks for each device, checked, simulated and compiled to a table.
+"""Pipeline schedules as data: an order of tasks for each device, checked, simulated, compiled to a table, and run.
 
-Pure NumPy: nothing here imports JAX, and no device is needed.
+Pure NumPy, and no device is needed:
 
     tasks.py     what is run: tasks, where virtual stages lie, and an order of tasks for each device
     orders.py    the schedules by name
@@ -13,4 +13,15 @@ Pure NumPy: nothing here imports JAX, and no device is needed.
     choose.py    mixed or one-kind ticks, by cost
     draw.py      a schedule as a text table or a picture
     report.py    all of it in words, for `jaxpar schedule`
+    config.py    what a run says about its pipeline
+    configured.py  the table that follows from it
+    split.py     which layers each stage has
+
+On devices:
+
+    execute.py   one SPMD program that runs any table: loss and gradients
+    pullback.py  a stage's backward pass in pieces, with as little kept between them as they need
+    jaxprs.py    cutting a jaxpr
+    branches.py  permutes in branches that devices take differently
+    autodiff.py  GPipe differentiated by JAX, to compare with
 """

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.pallas_kernels.attention import MaskSpec
+from jaxpar.pallas_kernels.varying import alike, varies_over, varying
 from jaxpar.parallel.sequence.layouts import Layout, needed
 
 Labels = dict[str, Any]
@@ -76,26 +77,6 @@ def prepare(
     # One set of varying axes: a key that is the same on some axis gets its gradient summed over it here.
     q, k, v = alike(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK)
     return plan, q, k, v, labels
-
-
-def varies_over(x) -> frozenset[str]:
-    """The mesh axes that x may differ over, as `shard_map(check_vma=True)` keeps them in its type."""
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)
-    # Older and newer releases name it differently.
-    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
-
-
-def alike(*arrays):
-    """The arrays, each cast to vary over every mesh axis that any of them varies over."""
-    axes = frozenset().union(*map(varies_over, jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda x: varying(x, axes), arrays)
-
-
-def varying(x, axes: Iterable[str]):
-    """x, cast to vary over these mesh axes too."""
-    missing = tuple(sorted(frozenset(axes) - varies_over(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def send(tree, axis: str, hops: int):
