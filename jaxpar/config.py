@@ -11,6 +11,8 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.models.positions import Learned
 from jaxpar.optimisers_config import AdamW, AnyOptimiser
 from jaxpar.parallel.mesh import MeshConfig
+from jaxpar.parallel.pipeline.config import PipelineConfig
+from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.sampling import Sampler
 from jaxpar.steps.config import ClipPerStage, StepConfig
 
@@ -85,6 +87,8 @@ class RunConfig:
       step: what is wrapped around a step: accumulation, clipping, what happens to bad steps, averaging.
       mesh: how many devices lie along each axis, also as data=2,fsdp=2,tensor=2; together all devices there are. One
         axis may take the rest; without this option, data does.
+      pipeline: how microbatches pass through the stages of a mesh with stage > 1.
+      sequence: how attention works on a mesh with sequence > 1.
       fake_devices: pretend that the CPU is this many devices. None: the real ones.
       distributed: several processes.
       evaluate_every: steps between evaluations; there is always one at the end. None: only that one.
@@ -108,6 +112,8 @@ class RunConfig:
     optimiser: AnyOptimiser = AdamW()
     step: StepConfig = StepConfig()
     mesh: MeshConfig = field(default=MeshConfig(data="rest"), metadata={"parse": MeshConfig.parse})
+    pipeline: PipelineConfig = PipelineConfig()
+    sequence: SequenceConfig = SequenceConfig()
     fake_devices: int | None = None
     distributed: DistributedConfig = DistributedConfig()
     evaluate_every: int | None = 100

@@ -6,12 +6,11 @@ import jax
 
 from jaxpar.config import RunConfig
 from jaxpar.data.config import vocabulary_of
-from jaxpar.models import decoder
 from jaxpar.models.spec import abstract
 from jaxpar.optimisers import make
 from jaxpar.parallel.explain import explain
 from jaxpar.parallel.mesh import MeshConfig
-from jaxpar.parallel.rules import Rules, check
+from jaxpar.program import checked
 from jaxpar.state import state_specs
 
 
@@ -24,12 +23,19 @@ def explain_run(config: RunConfig, *, compiled: bool = False):
     Raises:
       UserError, ValueError: a mesh that does not divide the model or the batch.
     """
-    rules = Rules()
     cfg = config.model.replace(vocabulary=vocabulary_of(config.data))
-    specs = decoder.spec(cfg)
     rows = config.data.batch // config.step.accumulate
     mesh = settled(config)
-    check(specs, mesh, rules, rows=rows, activations={"length": config.data.length})
+    staged = mesh.stage > 1
+    specs, rules = checked(
+        cfg,
+        mesh,
+        rows=rows,
+        length=config.data.length,
+        pipeline=config.pipeline if staged else None,
+        sequence=config.sequence,
+    )
+    microbatches = config.pipeline.count(rows // (mesh.data * mesh.fsdp), mesh.stage) if staged else 1
     tx = make(config.optimiser, specs, steps=config.steps)
     optimiser = state_specs(jax.eval_shape(tx.init, abstract(specs)), specs)
     return explain(
@@ -40,6 +46,7 @@ def explain_run(config: RunConfig, *, compiled: bool = False):
         length=config.data.length,
         compute_dtype=cfg.dtype,
         optimiser=optimiser,
+        microbatches=microbatches,
         compiled=compile_step(config, cfg) if compiled else None,
     )
 
@@ -63,7 +70,8 @@ def compile_step(config: RunConfig, cfg):
 
     start(fake_devices=config.fake_devices, compile_cache=config.compile_cache)
     mesh = make_mesh(config.mesh)
-    program = build(cfg, mesh, rows=config.data.batch // config.step.accumulate)
+    rows = config.data.batch // config.step.accumulate
+    program = build(cfg, mesh, rows=rows, length=config.data.length, pipeline=config.pipeline, sequence=config.sequence)
     tx = make(config.optimiser, program.specs, steps=config.steps)
     step = chain(make_step(program.grad_fn, tx), *config.step.transforms())
     state = abstract_state(step, program, jax.random.key(0))

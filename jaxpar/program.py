@@ -1,11 +1,12 @@
 """Where models and parallelism are joined: a program makes gradients, and a step uses them.
 
-`build` is the only place that knows both. Plain `jit` and GSPMD over data, fsdp and tensor axes differ only in here; a
-step cannot tell which program is inside, and a program cannot tell which transforms are around it.
+`build` is the only place that knows both. What differs between meshes stands in `jaxpar.programs`; a step cannot tell
+which program is inside, and a program cannot tell which transforms are around it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,8 +19,18 @@ from jax.sharding import Mesh
 from jaxpar.models import decoder
 from jaxpar.models import spec as specs
 from jaxpar.models.config import ModelConfig
-from jaxpar.models.context import Context, Ops
+from jaxpar.models.context import Ops
+from jaxpar.parallel.mesh import mesh_sizes
+from jaxpar.parallel.pipeline.config import PipelineConfig
+from jaxpar.parallel.pipeline.split import Split
 from jaxpar.parallel.rules import Rules, batch_sharding, check, constrain, shardings
+from jaxpar.parallel.sequence.api import sequence_layout
+from jaxpar.parallel.sequence.choose import copies
+from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
+from jaxpar.programs.sequence import loss_fn as sequence_loss
+from jaxpar.programs.whole import Loss
+from jaxpar.programs.whole import loss_fn as whole_loss
 from jaxpar.step import Batch, Control, Gradients
 
 Tree = Any
@@ -64,30 +75,52 @@ class Program:
         return jax.jit(fresh, out_shardings=self.param_shardings, compiler_options=options)
 
 
-def build(cfg: ModelConfig, mesh: Mesh, rules: Rules | None = None, *, rows: int | None = None) -> Program:
+def build(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    rules: Rules | None = None,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    pipeline: PipelineConfig | None = None,
+    sequence: SequenceConfig | None = None,
+    staged: bool | None = None,
+) -> Program:
     """Join a model and a mesh.
 
     Args:
       rows: the global batch size, checked against the mesh. None: not checked.
+      length: tokens of a row, checked likewise.
+      pipeline: how microbatches pass through the stages, where the mesh has a stage axis larger than 1.
+      sequence: how attention works, where the mesh has a sequence axis larger than 1.
+      staged: build the pipeline's program. None: where there is more than one stage.
 
     Raises:
-      ValueError: a dimension that its mesh axes do not divide, or rules that collide; nothing has been traced then.
+      ValueError: a dimension that its mesh axes do not divide, rules that collide, a schedule that these numbers do not
+        allow; nothing has been traced then.
     """
-    rules = Rules() if rules is None else rules
-    tree = decoder.spec(cfg)
-    check(tree, dict(mesh.shape), rules, rows=rows)
+    sequence = SequenceConfig() if sequence is None else sequence
+    pipeline = PipelineConfig() if pipeline is None else pipeline
+    sizes = mesh_sizes(mesh)
+    staged = sizes["stage"] > 1 if staged is None else staged
+    tree, rules = checked(
+        cfg, sizes, rules, rows=rows, length=length, pipeline=pipeline if staged else None, sequence=sequence
+    )
     param_shardings = shardings(tree, mesh, rules)
-    ops = Ops(constrain=constrain(mesh, rules))
-
-    def context(batch: Batch, key) -> Context:
-        return Context(batch.positions, batch.segments, key=key, sample_ids=batch.sample_ids, ops=ops)
-
-    def loss(params, batch: Batch, key):
-        sums = decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, context(batch, key))
-        return sums.loss_sum, sums.weight_sum
+    # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
+    ops = Ops(constrain=constrain(mesh, rules.with_activations(length=())))
+    if staged:
+        pipes = PipelineProgram(cfg, mesh, rules, tree, ops, pipeline, sequence)
+        loss, gradients = pipes.loss, pipes.gradients
+    elif sizes["sequence"] > 1:
+        loss = sequence_loss(cfg, mesh, ops, sequence)
+        gradients = differentiated(loss)
+    else:
+        loss = whole_loss(cfg, ops)
+        gradients = differentiated(loss)
 
     def grad_fn(params, batch: Batch, control: Control, key) -> Gradients:
-        (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        loss_sum, weight_sum, grads = gradients(params, batch, key)
         if mesh.size > 1:
             # Gradients live where their parameters do, so that a sum over fsdp becomes a reduce-scatter.
             grads = jax.lax.with_sharding_constraint(grads, param_shardings)
@@ -104,3 +137,53 @@ def build(cfg: ModelConfig, mesh: Mesh, rules: Rules | None = None, *, rows: int
         grad_fn=grad_fn,
         eval_fn=lambda params, batch: loss(params, batch, None),
     )
+
+
+def checked(
+    cfg: ModelConfig,
+    mesh,
+    rules: Rules | None = None,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    pipeline: PipelineConfig | None = None,
+    sequence: SequenceConfig = SequenceConfig(),
+) -> tuple[Tree, Rules]:
+    """Every parameter's `ParamSpec`, and the rules that hold on this mesh, once all that `build` is given fits together.
+
+    No device is needed. Arguments as for `build`; `pipeline=None`: there is none.
+
+    Raises:
+      ValueError: as `build`.
+    """
+    sizes = mesh_sizes(mesh)
+    tree = decoder.spec(cfg)
+    rules = stage_rules(Rules() if rules is None else rules, cfg.layers, sizes)
+    check(tree, sizes, rules, rows=rows, activations={} if length is None else {"length": length})
+    if length is not None:
+        sequence_layout(sizes, length, layout=sequence.layout)
+    if sequence.attention == "ulysses":
+        copies(cfg.heads, cfg.kv_heads, sizes["sequence"], "mesh axis sequence")
+    if pipeline is not None:
+        placement = (
+            straight(sizes["stage"]) if rows is None else table_for(pipeline, sizes, rules, rows).order.placement
+        )
+        Split(cfg.layers, placement)
+    return tree, rules
+
+
+def differentiated(loss: Loss):
+    """(params, batch, key) -> loss_sum, weight_sum and the gradient of loss_sum, by JAX."""
+
+    def gradients(params: Tree, batch: Batch, key):
+        (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        return loss_sum, weight_sum, grads
+
+    return gradients
+
+
+def stage_rules(rules: Rules, layers: int, mesh) -> Rules:
+    """The rules for a stack that does not divide over the stages: it is stored whole on each of them, and dealt out
+    unevenly when a step runs."""
+    stages = math.prod(mesh_sizes(mesh)[axis] for axis in rules.mesh_axes("layers"))
+    return rules.with_params(layers=()) if layers % stages else rules

@@ -217,7 +217,10 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     transforms = config.step.transforms()
     pipeline = Pipeline(config.data, say)
     config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
-    program = build(config.model, mesh, rows=config.data.batch // config.step.accumulate)
+    rows = config.data.batch // config.step.accumulate
+    program = build(
+        config.model, mesh, rows=rows, length=config.data.length, pipeline=config.pipeline, sequence=config.sequence
+    )
     tx = make(config.optimiser, program.specs, steps=config.steps)
     step = chain(make_step(program.grad_fn, tx), *transforms)
     if config.sample.tokens:

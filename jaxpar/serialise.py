@@ -18,6 +18,8 @@ def to_json(value: Any) -> Any:
     """Nested dataclasses, tuples and plain values -> dicts, lists and plain values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if "kind" in fields:
+            raise TypeError(f"{type(value).__name__} has a field 'kind', which says here what class it is; rename it")
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, list | tuple):
         return [to_json(v) for v in value]

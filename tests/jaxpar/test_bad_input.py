@@ -63,6 +63,41 @@ CASES = [
     Case("mesh axis of no devices", "{train} --mesh data=0", ("data", "0", "at least 1")),
     Case("mesh without a number", "{train} --mesh data=two", ("data", "'two'")),
     Case("no fake devices", "{train} --fake-devices 0", ("fake_devices", "0", "at least 1")),
+    Case("more stages than layers", "{train} --mesh stage=8", ("8 pipeline stages", "2 layers", "at most 2")),
+    Case(
+        "chunks by layers",
+        "{train} --mesh stage=2,data=4 --pipeline.schedule interleaved",
+        ("2 chunks = 4", "2 layers"),
+    ),
+    Case(
+        "microbatches that do not divide",
+        "{train} --mesh data=4,stage=2 --pipeline.microbatches 3",
+        ("2 rows on each device", "pipeline.microbatches = 3", "nearest that works: 2"),
+    ),
+    Case(
+        "interleaving that the schedule does not allow",
+        "{train} --mesh data=4,stage=2 --layers 4 --pipeline.schedule interleaved --pipeline.microbatches 1",
+        ("interleaved", "groups of 2 microbatches", "nearest: 2"),
+    ),
+    Case("unknown schedule", "{train} --mesh data=4,stage=2 --pipeline.schedule 1fb1", ("'1fb1'", "'1f1b'")),
+    Case("schedule of no file", "{train} --mesh data=4,stage=2 --pipeline.schedule x.csv", ("x.csv", "no such file")),
+    Case(
+        "schedule that cannot end",
+        "{train} --mesh data=4,stage=2 --pipeline.schedule {w}/cycle.csv",
+        ("cycle",),
+    ),
+    Case(
+        "sequence too short for the ring",
+        "{train} --mesh sequence=8 --length 24",
+        ("24 tokens", "zigzag", "multiple of 16", "nearest that works: 32"),
+    ),
+    Case(
+        "branches around a ring",
+        "{train} --mesh data=2,stage=2,sequence=2 --pipeline.ticks mixed",
+        ("mixed", "sequence", "one-kind"),
+    ),
+    Case("autodiff of another schedule", "{train} --pipeline.executor autodiff", ("autodiff", "1f1b", "gpipe")),
+    Case("explain: stages", "explain tiny --mesh stage=4", ("4 pipeline stages", "2 layers")),
     Case("explain: heads by tensor", "explain tiny --heads 4 --mesh tensor=8", ("4", "8", "heads")),
     Case("explain: batch", "explain tiny --batch 6 --mesh data=4", ("6", "4", "batch")),
     Case("coordinator alone", "{train} --distributed.coordinator 127.0.0.1:9", ("127.0.0.1:9", "process count")),
@@ -173,6 +208,8 @@ def world(tmp_path_factory) -> Path:
     (w / "text.txt").write_text(text(0))
     (w / "other.txt").write_text(text(1))
     (w / "empty.txt").write_text("")
+    # Each device waits for what the other would do next.
+    (w / "cycle.csv").write_text("0B0,0F0\n1F0,1B0\n")
     (w / "short.txt").write_text("a word\n")
     (w / "broken_tokenizer").mkdir()
     (w / "broken_tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "model": {')

@@ -120,14 +120,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, si
     assert_same_run(folder, uninterrupted)
 
 
-def test_another_mesh_goes_on_within_reduction_noise(uninterrupted, tmp_path):
-    """Eight devices begin, two go on: the same batches, and losses equal to float32 reductions in another order."""
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("8", "data=2,fsdp=2,tensor=2"), ("2", "fsdp=2")),
+        (("8", "data=2,stage=2,tensor=2"), ("4", "stage=2,sequence=2")),
+    ],
+    ids=lambda mesh: mesh[1],
+)
+def test_another_mesh_goes_on_within_reduction_noise(uninterrupted, tmp_path, first, second):
+    """Eight devices begin, others go on: the same batches, and losses equal to float32 reductions in another order."""
     folder = tmp_path / "moved"
-    process = start([*command(folder), "--fake-devices=8", "--mesh=data=2,fsdp=2,tensor=2"])
+    process = start([*command(folder), f"--fake-devices={first[0]}", f"--mesh={first[1]}"])
     process.wait_for("step ", 200)
     process.kill(signal.SIGTERM)
     process.wait(120)
-    process = start([*command(folder), "--fake-devices=2", "--mesh=fsdp=2"])
+    process = start([*command(folder), f"--fake-devices={second[0]}", f"--mesh={second[1]}"])
     assert process.wait(300) == 0, process.output
     assert "going on from step" in process.output
     expected, found = losses(uninterrupted), losses(folder)

@@ -19,7 +19,9 @@ from jaxpar.models.positions import Learned
 from jaxpar.models.spec import path_name
 from jaxpar.optimisers import make
 from jaxpar.optimisers_config import AdamW, Constant
-from jaxpar.parallel.mesh import AXES, MeshConfig, factorisations, make_mesh
+from jaxpar.parallel.mesh import AXES, MeshConfig, make_mesh
+from jaxpar.parallel.pipeline.config import PipelineConfig
+from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.program import build
 from jaxpar.state import abstract_state
 from jaxpar.step import Batch, chain
@@ -27,7 +29,7 @@ from jaxpar.steps.accumulate import accumulate
 from jaxpar.steps.base import make_step
 from jaxpar.steps.clip import clip_global
 
-LLAMA = ModelConfig(vocabulary=64, layers=2, width=32, heads=16, kv_heads=8, head_size=4, hidden=64, init_std=0.1)
+LLAMA = ModelConfig(vocabulary=64, layers=8, width=32, heads=16, kv_heads=8, head_size=4, hidden=64, init_std=0.1)
 MODELS = {
     "llama": LLAMA,
     "gpt2": LLAMA.replace(
@@ -36,8 +38,20 @@ MODELS = {
     "windows, dropout, untied": LLAMA.replace(
         window=5, window_pattern=(True, False), dropout=0.2, tied_embeddings=False, qk_norm=True, remat="full"
     ),
+    "seven layers": LLAMA.replace(layers=7),
 }
-MESHES = [MeshConfig(**dict(zip(AXES, sizes, strict=True))) for sizes in factorisations(8, len(AXES))]
+MESH = MeshConfig.parse
+# Each axis alone, and every pair of axes. All 35 factorisations of 8 are in the longer command.
+MESHES = [
+    *[f"{axis}=8" for axis in AXES],
+    "data=2,stage=2,tensor=2",
+    "data=2,fsdp=2,sequence=2",
+    "stage=2,fsdp=2,sequence=2",
+    "data=2,stage=4",
+    "data=2,fsdp=2,tensor=2",
+    "sequence=4,tensor=2",
+    "stage=2,sequence=2,tensor=2",
+]
 # A large epsilon, so that a gradient that is nothing but rounding does not become a step of full size.
 OPTIMISER = AdamW(schedule=Constant(1e-2), epsilon=1e-3)
 ROWS, LENGTH, STEPS = 8, 16, 3
@@ -57,10 +71,10 @@ def batch_of(step: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32), positions, segments, ids)
 
 
-def run(cfg, mesh_config: MeshConfig, microbatches: int = 1):
+def run(cfg, mesh_config: MeshConfig, microbatches: int = 1, **how):
     """Loss and gradients of the first batch, the losses of three steps, and the parameters behind them."""
     mesh = make_mesh(mesh_config, jax.devices()[: np.prod(list(mesh_config.sizes.values()))])
-    program = build(cfg, mesh, rows=ROWS // microbatches)
+    program = build(cfg, mesh, rows=ROWS // microbatches, length=LENGTH, **how)
     tx = make(OPTIMISER, program.specs, steps=STEPS)
     step = chain(make_step(program.grad_fn, tx), accumulate(microbatches), clip_global(1.0))
     # The state is made once, without a mesh, and put in place; that `init` is bitwise the same on every mesh has a test
@@ -108,21 +122,69 @@ def assert_equal(found, expected):
             assert error < tolerance, f"{path_name(path)}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_every_mesh_is_the_single_device_run(name, mesh, devices):
-    assert_equal(run(MODELS[name], mesh), reference(name))
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_is_the_single_device_run(mesh, devices):
+    assert_equal(run(MODELS["llama"], MESH(mesh)), reference("llama"))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(fsdp=4), MeshConfig(data=2, tensor=2)], ids=str)
+def test_the_meshes_have_every_pair_of_axes():
+    used = [{axis for axis, size in MESH(mesh).sizes.items() if size > 1} for mesh in MESHES]
+    assert all(any({a, b} <= axes for axes in used) for a in AXES for b in AXES)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=4", "data=2,stage=2,sequence=2"])
+def test_another_family_on_meshes(mesh, devices):
+    assert_equal(run(MODELS["gpt2"], MESH(mesh)), reference("gpt2"))
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "sequence=4", "data=2,stage=2,sequence=2"])
 def test_features_on_meshes(mesh, devices):
-    """Windows, dropout keyed by sample, untied embeddings, QK norm, rematerialisation."""
+    """Windows, dropout keyed by sample and token, untied embeddings, QK norm, rematerialisation."""
     name = "windows, dropout, untied"
-    assert_equal(run(MODELS[name], mesh), reference(name))
+    assert_equal(run(MODELS[name], MESH(mesh)), reference(name))
+
+
+@pytest.mark.parametrize(
+    ("attention", "layout", "mesh"),
+    [
+        ("ring_bidirectional", "contiguous", "data=2,sequence=4"),
+        ("tokenring", "striped", "sequence=4"),
+        ("rsa", "zigzag", "stage=2,sequence=2"),
+        ("ulysses", "zigzag", "sequence=4,tensor=2"),
+    ],
+)
+def test_every_kind_of_sequence_attention(attention, layout, mesh, devices):
+    """The ring in zigzag is the default."""
+    assert_equal(run(LLAMA, MESH(mesh), sequence=SequenceConfig(attention, layout)), reference("llama"))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "mesh"),
+    [
+        (PipelineConfig("gpipe", 4, executor="autodiff"), "stage=4"),
+        (PipelineConfig("1f1b", 4, keep="residuals"), "stage=2,fsdp=2"),
+        (PipelineConfig("interleaved", 4, chunks=2), "stage=2,data=2,sequence=2"),
+        (PipelineConfig("zb-h1", 4, ticks="mixed"), "stage=2,data=2,tensor=2"),
+        (PipelineConfig("zb-v", 4), "stage=4"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.schedule,
+)
+def test_every_schedule(pipeline, mesh, devices):
+    assert_equal(run(LLAMA, MESH(mesh), pipeline=pipeline), reference("llama"))
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_uneven_stages(stages, devices):
+    """Seven layers divide over neither: some stages have one more."""
+    assert_equal(run(MODELS["seven layers"], MESH(f"stage={stages}")), reference("seven layers"))
 
 
 def test_accumulation_on_a_mesh_is_the_whole_batch(devices):
     assert_equal(run(LLAMA, MeshConfig(data=2, tensor=2), microbatches=4), reference("llama"))
+
+
+def test_accumulation_around_a_pipeline(devices):
+    assert_equal(run(LLAMA, MESH("data=2,stage=2"), microbatches=2), reference("llama"))
 
 
 @pytest.mark.quick
@@ -155,7 +217,7 @@ def test_sample_weights_and_layer_scales_are_data(devices):
         state = first
         found = []
         for i in range(STEPS):
-            control = Control(jnp.linspace(0.0, 1.0 + i, ROWS), jnp.asarray([1.0, 0.0]))
+            control = Control(jnp.linspace(0.0, 1.0 + i, ROWS), jnp.asarray([1.0] + [0.0] * 7))
             batch = jax.tree.map(lambda x: jax.device_put(x, program.batch_sharding), batch_of(i))
             state, metrics = update(state, batch, control)
             found.append(float(metrics["loss"]))

@@ -1,0 +1,279 @@
+"""Loss and gradients of a pipeline on a mesh: a table's actions around the model's three functions.
+
+By hand over data, stage, fsdp and sequence; the partitioner has the tensor axis. Each step: the layers are dealt out to
+the stages, a stage's weights are gathered over fsdp once, the table runs, and gradients are summed over data and
+sequence and scattered over fsdp once. Nothing but activations crosses a device's border inside the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpar.models import decoder
+from jaxpar.models.config import ModelConfig
+from jaxpar.models.context import Context, Ops
+from jaxpar.parallel.pipeline import autodiff, execute
+from jaxpar.parallel.pipeline.config import PipelineConfig
+from jaxpar.parallel.pipeline.split import Split
+from jaxpar.parallel.pipeline.table import Table
+from jaxpar.parallel.pipeline.tasks import Placement
+from jaxpar.parallel.rules import Rules
+from jaxpar.parallel.sequence.api import sequence_layout
+from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.programs.sequence import arranged, batch_specs, local_attention
+from jaxpar.step import Batch
+
+Tree = Any
+STAGE, TENSOR, SEQUENCE = "stage", "tensor", "sequence"
+LAYERS = "layers"
+
+
+@dataclass(frozen=True)
+class PipelineProgram:
+    """A model in stages. `gradients` and `loss` are what a `jaxpar.program.Program` takes from it.
+
+    Attributes:
+      cfg, mesh, rules: as in `Program`.
+      specs: every parameter's `ParamSpec`.
+      ops: the functions that the blocks call; attention is replaced where tokens lie on several devices.
+      pipeline, sequence: what the run says.
+    """
+
+    cfg: ModelConfig
+    mesh: Mesh
+    rules: Rules
+    specs: Tree
+    ops: Ops
+    pipeline: PipelineConfig
+    sequence: SequenceConfig
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.mesh.shape)
+
+    @cached_property
+    def by_hand(self) -> tuple[str, ...]:
+        """The axes of the `shard_map`. Those of size 1 among them cost nothing."""
+        return tuple(a for a in self.mesh.axis_names if a != TENSOR)
+
+    @cached_property
+    def spread(self) -> tuple[str, ...]:
+        """The axes over which devices see other tokens."""
+        return tuple(a for a in self.by_hand if a != STAGE)
+
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The axes of the batch's rows."""
+        return self.rules.mesh_axes("batch", "activations")
+
+    def table(self, batch: int) -> Table:
+        """The schedule for a batch of so many rows; see `table_for`."""
+        return table_for(self.pipeline, self.sizes, self.rules, batch)
+
+    def split(self, placement: Placement) -> Split:
+        return Split(self.cfg.layers, placement)
+
+    # -- the two functions -----------------------------------------------------------------------------------------------
+
+    def gradients(self, params: Tree, batch: Batch, key) -> tuple[jax.Array, jax.Array, Tree]:
+        """loss_sum, weight_sum and the gradient of loss_sum, placed as the parameters are."""
+        table = self.table(batch.tokens.shape[0])
+        oracle = self.pipeline.executor == "autodiff"
+
+        def run(parts, shared, layers, pieces, micros):
+            if oracle:
+                return autodiff.gradients(parts, shared, layers, pieces, micros, axes=self.by_hand)
+            options = dict(axes=self.by_hand, executor=self.pipeline.executor)
+            return execute.gradients(table, parts, shared, layers, pieces, micros, **options)
+
+        def local(shared, layers, batch, places, key):
+            parts, pieces, micros = self.inside(split, batch, places, key, table.order.microbatches)
+            loss, d_shared, d_layers = run(parts, *self.whole(shared, layers), pieces, micros)
+            d_shared = jax.tree.map(lambda g: jax.lax.psum(g, STAGE), d_shared)
+            d_layers = jax.tree.map(lambda g: g[None], d_layers)
+            loss = jax.lax.psum(loss, self.by_hand)
+            return loss, self.scatter(d_shared, shared_specs), self.scatter(d_layers, layer_specs)
+
+        split = self.split(table.order.placement)
+        shared_specs, layer_specs = self.param_specs()
+        shared, layers = self.deal(params, split)
+        outs = (PartitionSpec(), shared_specs, layer_specs)
+        loss, d_shared, d_layers = self.mapped(local, outs)(shared, layers, *self.arrange(batch), key)
+        grads = {**d_shared, LAYERS: self.collect(d_layers, split)}
+        return loss, jnp.sum(batch.weights.astype(jnp.float32)), grads
+
+    def loss(self, params: Tree, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
+        """loss_sum and weight_sum: forwards only, stage after stage."""
+        split = self.split(straight(self.sizes[STAGE]))
+        rows = batch.tokens.shape[0] // math.prod(self.sizes[a] for a in self.rows)
+        m = replace(self.pipeline, microbatches=None).count(rows, self.sizes[STAGE])
+
+        def local(shared, layers, batch, places, key):
+            parts, pieces, micros = self.inside(split, batch, places, key, m)
+            found = autodiff.loss(parts, *self.whole(shared, layers), pieces, micros, axes=self.by_hand)
+            return jax.lax.psum(found, self.by_hand)
+
+        run = self.mapped(local, PartitionSpec())
+        return run(*self.deal(params, split), *self.arrange(batch), key), jnp.sum(batch.weights.astype(jnp.float32))
+
+    # -- what is around the table ---------------------------------------------------------------------------------------
+
+    def mapped(self, local: Callable, out_specs):
+        """`local` on every device, by hand over all axes but the tensor axis."""
+        shared_specs, layer_specs = self.param_specs()
+        tokens = PartitionSpec(SEQUENCE)
+        in_specs = (shared_specs, layer_specs, batch_specs(self.rows, SEQUENCE), tokens, PartitionSpec())
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.by_hand)
+        )
+
+    def arrange(self, batch: Batch) -> tuple[Batch, jax.Array]:
+        """The batch with its tokens in stored order, and the place of each in its row."""
+        layout = sequence_layout(self.mesh, batch.tokens.shape[1], layout=self.sequence.layout)
+        if self.sizes[SEQUENCE] == 1:
+            return batch, jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+        return arranged(layout, batch), jnp.asarray(layout.positions)
+
+    def inside(self, split: Split, batch: Batch, places, key, m: int):
+        """The model as parts, what each chunk is told, and this device's rows as m microbatches."""
+        ops = self.ops if self.sizes[SEQUENCE] == 1 else replace(self.ops, attention=local_attention(self.sequence))
+        cfg = self.cfg
+
+        def context(micro: Batch) -> Context:
+            return Context(
+                micro.positions, micro.segments, key=key, sample_ids=micro.sample_ids, places=places, ops=ops
+            )
+
+        def middle(layers, state, piece, micro):
+            first, count = piece
+            if split.even:
+                return decoder.blocks(cfg, layers, state, context(micro), first)[0]
+            return some_layers(cfg, layers, state, context(micro), first, count)
+
+        parts = execute.Parts(
+            first=lambda shared, micro: decoder.embed(cfg, shared, micro.tokens, context(micro)),
+            middle=middle,
+            last=lambda shared, state, micro: (
+                decoder.head(cfg, shared, state, context(micro), micro.targets, micro.weights).loss_sum
+            ),
+        )
+        device = jax.lax.axis_index(STAGE)
+        pieces = tuple(jnp.asarray(x)[device] for x in (split.first, split.count))
+        micros = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), batch)
+        return parts, pieces, micros
+
+    def param_specs(self) -> tuple[Tree, Tree]:
+        """`PartitionSpec`s over the axes by hand: of the shared parameters, and of the layers as they are dealt out,
+        [P, C, n, ...]."""
+        is_spec = lambda x: hasattr(x, "axes")
+        hand = lambda s: self.only_by_hand(self.rules.spec_for(s.axes, "params"))
+        shared = {k: jax.tree.map(hand, v, is_leaf=is_spec) for k, v in self.specs.items() if k != LAYERS}
+        dealt = lambda s: PartitionSpec(STAGE, None, None, *tuple(hand(s))[1:])
+        return shared, jax.tree.map(dealt, self.specs[LAYERS], is_leaf=is_spec)
+
+    def only_by_hand(self, spec: PartitionSpec) -> PartitionSpec:
+        rows = [(row,) if isinstance(row, str) else tuple(row or ()) for row in spec]
+        return PartitionSpec(*(tuple(a for a in row if a in self.by_hand) or None for row in rows))
+
+    def deal(self, params: Tree, split: Split) -> tuple[Tree, Tree]:
+        """The shared parameters, and the layers as [P, C, n, ...]. Where stages have their layers in the stack's order,
+        as without several chunks, nothing moves."""
+        P, C, n = split.dealt.shape
+
+        def one(x, spec):
+            x = x if split.in_order else jnp.take(x, split.dealt.ravel(), axis=0)
+            return self.placed(x.reshape(P, C, n, *x.shape[1:]), spec, (STAGE, None, None))
+
+        shared = {k: v for k, v in params.items() if k != LAYERS}
+        return shared, jax.tree.map(one, params[LAYERS], self.specs[LAYERS])
+
+    def collect(self, dealt: Tree, split: Split) -> Tree:
+        """The inverse of `deal`, for gradients: [layers, ...]."""
+
+        def one(x, spec):
+            x = x.reshape(-1, *x.shape[3:])
+            return x if split.in_order else jnp.take(x, split.place, axis=0)
+
+        return jax.tree.map(one, dealt, self.specs[LAYERS])
+
+    def placed(self, x, spec, leading: tuple):
+        rest = tuple(self.rules.spec_for(spec.axes, "params"))[1:]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*leading, *rest)))
+
+    def whole(self, shared: Tree, layers: Tree) -> tuple[Tree, Tree]:
+        """This device's parameters as the table's actions read them: layers as [C, n, ...]."""
+        shared_specs, layer_specs = self.param_specs()
+        return self.gather(shared, shared_specs), jax.tree.map(lambda x: x[0], self.gather(layers, layer_specs))
+
+    def gather(self, tree: Tree, specs: Tree) -> Tree:
+        """Whole along every axis but stage (and tensor): once a step, not once a microbatch."""
+
+        def one(x, spec):
+            for dimension, axis in reversed(list(self.shared_axes(spec))):
+                x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+            return x
+
+        return jax.tree.map(one, tree, specs)
+
+    def scatter(self, grads: Tree, specs: Tree) -> Tree:
+        """Summed over the axes that the tokens are spread over, each device keeping what is its own."""
+
+        def one(g, spec):
+            own = list(self.shared_axes(spec))
+            for dimension, axis in own:
+                g = jax.lax.psum_scatter(g, axis, scatter_dimension=dimension, tiled=True)
+            return jax.lax.psum(g, tuple(a for a in self.spread if a not in {a for _, a in own}))
+
+        return jax.tree.map(one, grads, specs)
+
+    def shared_axes(self, spec: PartitionSpec):
+        """(dimension, axis) of a parameter's shards, outermost first; not the stage axis, whose shards stay apart."""
+        for dimension, row in enumerate(spec):
+            for axis in (row,) if isinstance(row, str) else row or ():
+                if axis != STAGE:
+                    yield dimension, axis
+
+
+def table_for(pipeline: PipelineConfig, sizes: Mapping[str, int], rules: Rules, batch: int) -> Table:
+    """The schedule of a batch of so many rows on a mesh of these sizes.
+
+    Raises:
+      ValueError: see `PipelineConfig.table`, and a batch that does not divide.
+    """
+    axes = rules.mesh_axes("batch", "activations")
+    devices = math.prod(sizes[a] for a in axes)
+    if batch % devices:
+        raise ValueError(f"a batch of {batch} rows does not divide over {devices} devices along {' and '.join(axes)}")
+    # Attention over the sequence axis permutes, which no branch may hold.
+    return pipeline.table(sizes[STAGE], batch // devices, mixed=sizes[SEQUENCE] == 1)
+
+
+def straight(stages: int) -> Placement:
+    """One chunk a device, in order."""
+    return Placement(tuple((s,) for s in range(stages)))
+
+
+def some_layers(cfg: ModelConfig, layers: Tree, state, ctx: Context, first, count):
+    """The first `count` of n layers, `count` traced: the others run too, on copies, and are thrown away."""
+    n = jax.tree.leaves(layers)[0].shape[0]
+
+    def one(state, xs):
+        layer, j = xs
+        run, _ = decoder.blocks(
+            cfg, jax.tree.map(lambda x: x[None], layer), state, ctx, first + jnp.minimum(j, count - 1)
+        )
+        return jax.tree.map(partial(jnp.where, j < count), run, state), None
+
+    if cfg.layer_loop == "unroll":
+        for j in range(n):
+            state, _ = one(state, (jax.tree.map(lambda x, j=j: x[j], layers), jnp.int32(j)))
+        return state
+    return jax.lax.scan(one, state, (layers, jnp.arange(n)))[0]

@@ -1,0 +1,28 @@
+"""Loss and gradients where no axis needs a hand: the partitioner spreads one program over data, fsdp and tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxpar.models import decoder
+from jaxpar.models.config import ModelConfig
+from jaxpar.models.context import Context, Ops
+from jaxpar.step import Batch
+
+Tree = Any
+Loss = Callable[[Tree, Batch, Any], tuple[jax.Array, jax.Array]]
+"""(params, batch, key or None) -> loss_sum, weight_sum."""
+
+
+def loss_fn(cfg: ModelConfig, ops: Ops) -> Loss:
+    """The loss of a whole batch."""
+
+    def loss(params: Tree, batch: Batch, key):
+        ctx = Context(batch.positions, batch.segments, key=key, sample_ids=batch.sample_ids, ops=ops)
+        sums = decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, ctx)
+        return sums.loss_sum, sums.weight_sum
+
+    return loss
