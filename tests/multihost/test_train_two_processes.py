@@ -128,10 +128,12 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on_bitwise(runs, tmp_pat
         np.testing.assert_array_equal(a, b)
 
 
-def test_parameters_shared_by_both_processes(runs, tmp_path):
-    """Each process holds half of every parameter (fsdp); checkpoint, evaluation and sample need the whole."""
+@pytest.mark.parametrize("axis", ["fsdp", "stage", "sequence"])
+def test_a_model_spread_over_both_processes(runs, tmp_path, axis):
+    """Each process holds half of every parameter (fsdp), half of the layers (stage) or half of each row's tokens
+    (sequence); checkpoint, evaluation and sample need the whole."""
     write_text(tmp_path)
-    finish(pair(tmp_path / "shared", "--mesh=fsdp=2"))
+    finish(pair(tmp_path / "shared", f"--mesh={axis}=2"))
     shared, one = measured(tmp_path / "shared"), measured(runs / "one")
     for step in range(1, STEPS + 1):
         # Another layout sums in another order, and training makes last bits larger.
