@@ -2,7 +2,7 @@
 
 import json
 
-from jaxpar.experiments.bench import start_up, train_step
+from jaxpar.experiments.bench import parallel, start_up, train_step
 
 
 def test_train_step_quick(tmp_path, capsys):
@@ -43,3 +43,16 @@ def test_start_up(tmp_path):
     medians = start_up.main(["--repeat", "1", "--out", str(out), "--", *small])
     assert 0 < medians["help"] < medians["warm"]
     assert json.loads(out.read_text())["seconds"].keys() == {"help", "cold", "warm"}
+
+
+def test_parallel_ticks(tmp_path):
+    """One part, in a process of its own, merged into what stands in the file."""
+    out = tmp_path / "figures.json"
+    out.write_text(json.dumps({"results": {"memory": {"1f1b, 8 microbatches": {"bytes": 1}}}}))
+    results = parallel.main(["--parts", "ticks", "--out", str(out)])
+    assert results["memory"]["1f1b, 8 microbatches"] == {"bytes": 1}
+    # p = 4, m = 8: (m + p - 1) / m, and zero-bubble schedules below it.
+    assert results["ticks"]["1f1b, 4 stages, 8 microbatches"]["ratio"] == 11 / 8
+    assert results["ticks"]["zb-h1, 4 stages, 8 microbatches"]["ratio"] < 11 / 8
+    assert json.loads(out.read_text())["results"] == results
+    assert out.with_suffix(".png").stat().st_size > 1000

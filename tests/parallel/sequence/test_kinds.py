@@ -87,7 +87,7 @@ def test_starts_that_differ(devices):
     [
         (dict(kind="rings"), {}, "unknown kind .*'rings' .did you mean 'ring'"),
         (dict(layout="stripes"), {}, "unknown layout 'stripes'"),
-        (dict(axis="sequences"), {}, r"mesh data\(1\) × tensor\(2\) × sequence\(4\) has no axis 'sequences'"),
+        (dict(axis="sequences"), {}, r"mesh tensor\(2\) × sequence\(4\) has no axis 'sequences'"),
         (dict(kind="hybrid"), {}, r"'hybrid' needs a pair of mesh axes, \(ring, Ulysses\), got 'sequence'"),
         (dict(axis=("tensor", "sequence")), {}, "'ring' needs one mesh axis"),
         (dict(layout="zigzag"), dict(T=20), "20 tokens .*multiple of 8; nearest that works: 24"),

@@ -1,0 +1,257 @@
+"""Parallel programs on fake devices: what can be measured honestly there, which is ratios.
+
+Command:   python -m jaxpar.experiments.bench.parallel                  (all parts)
+           python -m jaxpar.experiments.bench.parallel --parts ticks    (one of them)
+Expected:  about ten minutes on two CPU cores; a table for each part, a plot, and results/parallel.json.
+
+    overhead   seconds of a step through the pipeline's executor on one device, over those of the same microbatches
+               accumulated without it, paired in rounds. Goal: below 1.03.
+    compile    seconds to trace and compile 1F1B of 16 stages and 64 microbatches, over those of GPipe differentiated by
+               JAX. Goal: below 3.
+    ticks      lock-step seconds over the ideal m·(F + B), for each schedule, in its better form (nothing runs).
+    memory     temporary bytes of a compiled step against the number of microbatches: 1F1B, GPipe, GPipe by autodiff.
+    bytes      what a compiled step permutes over stage and sequence, over what the formulas say.
+
+Each part runs in a process of its own, because the number of fake devices is fixed when JAX starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from jaxpar import host_memory
+from jaxpar.experiments.bench.train_step import RESULTS, describe
+
+PARTS = {"overhead": 1, "compile": 16, "ticks": 1, "memory": 4, "bytes": 8}
+"""Each part and its fake devices."""
+ROUNDS = 25
+
+
+def model(layers: int, width: int, **more):
+    from jaxpar.presets import llama
+
+    return llama(layers, width, 4, vocabulary=512, context=256, **more)
+
+
+def batch(rows: int, length: int, vocabulary: int):
+    """Random tokens, one document a row."""
+    import numpy as np
+
+    from jaxpar.step import Batch
+
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, vocabulary, (rows, length + 1), np.int32)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    ones = np.ones((rows, length), np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], ones, places, ones.astype(np.int32), np.arange(rows, dtype=np.int32))
+
+
+def gradients(cfg, mesh_text: str, microbatches: int, rows: int, length: int, pipeline=None, sequence=None):
+    """(function, arguments) of the gradients of a batch on a mesh; without a pipeline, accumulated over microbatches."""
+    import jax
+
+    from jaxpar.optimisers import make
+    from jaxpar.optimisers_config import SGD
+    from jaxpar.parallel.mesh import MeshConfig, make_mesh
+    from jaxpar.program import build
+    from jaxpar.step import chain
+    from jaxpar.steps.accumulate import accumulate
+    from jaxpar.steps.base import make_step
+
+    mesh = make_mesh(MeshConfig.parse(mesh_text))
+    parts = 1 if pipeline else microbatches
+    program = build(
+        cfg, mesh, rows=rows // parts, length=length, pipeline=pipeline, sequence=sequence, staged=pipeline is not None
+    )
+    step = chain(make_step(program.grad_fn, make(SGD(), program.specs, steps=1)), accumulate(parts))
+    params = program.init(jax.random.key(0))
+    state = jax.jit(step.init)(params, jax.random.key(1))
+    data = jax.device_put(batch(rows, length, cfg.vocabulary), program.batch_sharding)
+    return jax.jit(lambda state, data: step.gradients(state, data, None)), (state, data)
+
+
+def overhead() -> dict:
+    """Medians over rounds of the executor's time over plain accumulation's."""
+    import jax
+
+    from jaxpar.parallel.pipeline.config import PipelineConfig
+
+    found = {}
+    for keep, remat in (("residuals", "none"), ("inputs", "full")):
+        # Rematerialisation by stage is compared with rematerialisation by layer.
+        plain = gradients(model(4, 256, layer_loop="unroll", remat=remat), "", 4, 16, 128)
+        pipes = PipelineConfig("1f1b", 4, keep=keep)
+        piped = gradients(model(4, 256, layer_loop="unroll"), "", 4, 16, 128, pipes)
+        runs = [(f.lower(*args).compile(), args) for f, args in (plain, piped)]
+        for f, args in runs:
+            jax.block_until_ready(f(*args))
+        seconds: list[list[float]] = [[], []]
+        for _ in range(ROUNDS):
+            for (f, args), times in zip(runs, seconds, strict=True):
+                start = time.perf_counter()
+                jax.block_until_ready(f(*args))
+                times.append(time.perf_counter() - start)
+        ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+        found[keep] = {"ratio": ratio, "plain_s": statistics.median(seconds[0]), "rounds": ROUNDS}
+    return found
+
+
+def compile_time() -> dict:
+    from jaxpar.parallel.pipeline.config import PipelineConfig
+
+    found = {}
+    for name, pipeline in (
+        ("gpipe by autodiff", PipelineConfig("gpipe", 64, executor="autodiff")),
+        ("1f1b", PipelineConfig("1f1b", 64)),
+        ("1f1b, residuals", PipelineConfig("1f1b", 64, keep="residuals")),
+    ):
+        f, args = gradients(model(16, 64), "stage=16", 64, 64, 32, pipeline)
+        start = time.perf_counter()
+        lowered = f.lower(*args)
+        traced = time.perf_counter() - start
+        lowered.compile()
+        found[name] = {"trace_s": traced, "total_s": time.perf_counter() - start}
+    for row in found.values():
+        row["ratio"] = row["total_s"] / found["gpipe by autodiff"]["total_s"]
+    return found
+
+
+def ticks() -> dict:
+    from jaxpar.parallel.pipeline.choose import compare
+    from jaxpar.parallel.pipeline.simulate import Costs
+
+    found = {}
+    for stages, m in ((4, 8), (4, 32), (8, 32)):
+        rows, refused = compare(stages, m, 2, Costs())
+        for row in rows:
+            if row.name == "skippipe":
+                continue  # its microbatches leave stages out: less work, not less waiting
+            # Seconds of a device's whole stage, F + B = 3: what m microbatches take without a bubble.
+            found[f"{row.name}, {stages} stages, {m} microbatches"] = {
+                "ratio": row.choice.seconds / (3 * m),
+                "ticks": row.choice.table.length,
+                "form": row.choice.ticks,
+            }
+        found |= {f"{name}, {stages} stages, {m} microbatches": {"refused": why} for name, why in refused.items()}
+    return found
+
+
+def memory() -> dict:
+    from jaxpar.parallel.pipeline.config import PipelineConfig
+
+    found = {}
+    for name, pipeline in (
+        ("1f1b", PipelineConfig("1f1b", keep="residuals")),
+        ("gpipe", PipelineConfig("gpipe", keep="residuals")),
+        ("gpipe by autodiff", PipelineConfig("gpipe", keep="residuals", executor="autodiff")),
+    ):
+        for m in (8, 16, 32):
+            from dataclasses import replace
+
+            how = replace(pipeline, microbatches=m)
+            f, args = gradients(model(8, 64, layer_loop="unroll"), "stage=4", m, 2 * m, 32, how)
+            found[f"{name}, {m} microbatches"] = {
+                "bytes": f.lower(*args).compile().memory_analysis().temp_size_in_bytes
+            }
+    return found
+
+
+def moved() -> dict:
+    """Bytes that a device permutes in a step, compiled and by formula."""
+    from jaxpar.parallel.collectives import count
+    from jaxpar.parallel.mesh import AXES, MeshConfig
+    from jaxpar.parallel.pipeline.config import PipelineConfig
+    from jaxpar.parallel.sequence.choose import Workload, bytes_per_link
+    from jaxpar.parallel.sequence.config import SequenceConfig
+
+    def permuted(mesh_text: str, axis: str, **how) -> int:
+        f, args = gradients(cfg, mesh_text, 1, rows, length, **how)
+        sizes = MeshConfig.parse(mesh_text).sizes
+        counted = count(f.lower(*args).compile().as_text(), {a: sizes[a] for a in AXES})
+        of = [c for c in counted.collectives if c.op == "collective-permute" and c.axes == (axis,)]
+        return sum(c.nbytes * c.times for c in of)
+
+    cfg, rows, length = model(4, 64), 8, 64
+    table = PipelineConfig("1f1b", 4).table(4, rows // 2)
+    # One permute a tick that sends, wanted or not: the activation of a microbatch's rows.
+    expected = table.length * (rows // 2 // 4) * length * cfg.width * 4
+    found = {"stage": (permuted("data=2,stage=4", "stage", pipeline=PipelineConfig("1f1b", 4)), expected)}
+    for kind in ("ring", "tokenring"):
+        work = Workload(length, heads=4, kv_heads=4, head_size=16, devices=4, itemsize=4, batch=rows // 2)
+        ways = [bytes_per_link(kind, work), bytes_per_link(kind, work, backward=True)]
+        expected = cfg.layers * sum(t.total for t in ways)
+        got = permuted("data=2,sequence=4", "sequence", sequence=SequenceConfig(kind))
+        found[f"sequence, {kind}"] = (got, expected)
+    return {name: {"bytes": got, "formula": want, "ratio": got / want} for name, (got, want) in found.items()}
+
+
+RUN = {"overhead": overhead, "compile": compile_time, "ticks": ticks, "memory": memory, "bytes": moved}
+
+
+def plot(found: dict, file: Path) -> None:
+    """Memory against microbatches, and lock-step time against the ideal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, row in found.get("memory", {}).items():
+        schedule, _, rest = name.rpartition(", ")
+        lines.setdefault(schedule, []).append((int(rest.split()[0]), row["bytes"] / 2**20))
+    for schedule, points in lines.items():
+        left.plot(*zip(*points, strict=True), marker="o", label=schedule)
+    left.set(xlabel="microbatches", ylabel="temporary MiB (4 fake devices)", ylim=(0, None))
+    if lines:
+        left.legend()
+    bars = {name: row["ratio"] for name, row in found.get("ticks", {}).items() if "ratio" in row and "8 micro" in name}
+    right.barh([name.partition(",")[0] for name in bars], list(bars.values()))
+    right.set(xlabel="lock-step time over the ideal, 4 stages, 8 microbatches")
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--here", action="store_true", help="run one part in this process and print it as JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS / "parallel.json", help="the JSON file to write")
+    options = parser.parse_args(argv)
+    if options.here:
+        from jaxpar.parallel.mesh import fake_devices
+
+        [part] = options.parts
+        host_memory.settle()
+        fake_devices(PARTS[part])
+        found = RUN[part]()
+        print(json.dumps(found))
+        return found
+    results = json.loads(options.out.read_text())["results"] if options.out.is_file() else {}
+    for part in options.parts:
+        command = [sys.executable, "-m", "jaxpar.experiments.bench.parallel", "--here", "--parts", part]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{part} failed: {done.stderr[-2000:]}")
+        results[part] = json.loads(done.stdout.splitlines()[-1])
+        print(f"\n{part}")
+        for name, row in results[part].items():
+            print(
+                f"  {name:<44}"
+                + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            )
+    about = {**describe(), "command": " ".join(["python -m jaxpar.experiments.bench.parallel", *sys.argv[1:]])}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**about, "results": results}, indent=1))
+    plot(results, options.out.with_suffix(".png"))
+    return results
+
+
+if __name__ == "__main__":
+    main()
