@@ -1,8 +1,9 @@
 """A stage and its backward pass in pieces that run at different ticks, with as little kept between them as they need.
 
 `jax.vjp` alone would keep whatever the backward pass reads: weights (cast and reshaped ones too), rotary tables, dropout
-masks. Here the traced forward pass is looked at: what follows from the weights and the microbatch alone is made again
-where it is read, and only what depends on the stage's input is kept.
+masks. Here the traced forward pass is looked at. What follows from the weights and the microbatch alone is made again
+where it is read, and so is what follows from other kept values by operations on single elements (an activation
+function, a norm's product): they cost less than a place in a buffer. What is left are results of matrix products and sums.
 
 The split of the backward pass into the input's gradient (BI) and the weights' (BW) is a cut of its jaxpr (Qi et al.
 2023, "Zero Bubble Pipeline Parallelism", §2): BW runs the equations that no input gradient needs, and each equation runs
@@ -61,11 +62,13 @@ def pullback(f: Callable, params: Tree, x: Tree, aux: Tree) -> Pullback:
     y_out, residuals = traced.jaxpr.outvars[:n_y], traced.jaxpr.outvars[n_y:]
     from_x = depends(traced.jaxpr, inputs[n_params : n_params + n_x])
     is_kept = lambda v: is_variable(v) and v in from_x
-    kept_vars = list(dict.fromkeys(filter(is_kept, residuals)))
+    kept_vars = thinned(traced.jaxpr, list(dict.fromkeys(filter(is_kept, residuals))), from_x)
     again_vars = list(dict.fromkeys(v for v in residuals if is_variable(v) and v not in from_x))
+    cheap_vars = [v for v in dict.fromkeys(filter(is_kept, residuals)) if v not in set(kept_vars)]
     given = inputs[:n_params] + inputs[n_params + n_x :]
     run_forward = part(traced, [*y_out, *kept_vars], inputs)
     run_again = part(traced, again_vars, given)
+    run_cheap = part(traced, [*again_vars, *cheap_vars], [*given, *kept_vars])
     flat = lambda *trees: jax.tree.leaves(trees)
 
     def forward(params, x, aux):
@@ -75,7 +78,7 @@ def pullback(f: Callable, params: Tree, x: Tree, aux: Tree) -> Pullback:
     def leaves_of(params, aux, kept) -> list:
         """Everything that the pulled-back function reads."""
         value = dict(zip(kept_vars, kept, strict=True))
-        value |= zip(again_vars, run_again(flat(params, aux)), strict=True)
+        value |= zip([*again_vars, *cheap_vars], run_cheap([*flat(params, aux), *kept]), strict=True)
         return [value[v] if is_variable(v) else v.val for v in residuals]
 
     def pull(params, aux, kept, dy):
@@ -124,6 +127,44 @@ def pullback(f: Callable, params: Tree, x: Tree, aux: Tree) -> Pullback:
         return jax.tree.unflatten(jax.tree.structure(params), pieces["weights"]([*kept, *remade]))
 
     return Pullback(forward, pull, pull_input, pull_weights, lambda: cut()["products"])
+
+
+ELEMENTWISE = {
+    "abs", "add", "add_any", "and", "convert_element_type", "cos", "div", "eq", "erf", "exp", "exp2", "expm1", "ge", "gt",
+    "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow",
+    "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "sub", "tanh",
+    # ... and those that only look at elements in another shape.
+    "broadcast_in_dim", "expand_dims", "pcast", "pvary", "reshape", "squeeze",
+}  # fmt: skip
+"""Primitives that are done again rather than kept: one pass over their operands, which fuses with what reads it."""
+
+
+def thinned(jaxpr, kept: list, from_x: set) -> list:
+    """Those of `kept` (variables, in the order in which they are made) that do not follow cheaply from the others."""
+    producer = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    order = {v: k for k, v in enumerate(producer)}
+    left = set(kept)
+    # The latest first: roots stay.
+    for v in sorted(kept, key=lambda v: order.get(v, -1), reverse=True):
+        left.discard(v)
+        if not _follows(v, left, from_x, producer):
+            left.add(v)
+    return [v for v in kept if v in left]
+
+
+def _follows(v, kept: set, from_x: set, producer: dict) -> bool:
+    """Whether v comes by elementwise operations from kept variables and from what does not depend on the input."""
+    seen, todo = set(), [v]
+    while todo:
+        u = todo.pop()
+        if not is_variable(u) or u in kept or u not in from_x or u in seen:
+            continue
+        seen.add(u)
+        eqn = producer.get(u)
+        if eqn is None or eqn.primitive.name not in ELEMENTWISE:
+            return False
+        todo += eqn.invars
+    return True
 
 
 def _products(jaxpr, outputs, known) -> int:

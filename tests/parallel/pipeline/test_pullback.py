@@ -63,6 +63,10 @@ def test_no_weights_rotary_tables_or_dropout_masks_are_kept(stage):
     assert all(leaf.shape[0] == B and T in leaf.shape for leaf in kept)
     weights = sum(w.size for w in jax.tree.leaves(layers))
     assert size(plain) - size(kept) > 0.9 * weights, "jax.vjp alone keeps the weights too"
+    # What products read and flash attention keeps: two inputs of branches and their norms, q, k, v, the output and its
+    # log-sum-exp, gate and up. Activation functions, scaled norms and residual sums are made again.
+    heads = 2 * CFG.heads * CFG.head_size + 2 * CFG.kv_heads * CFG.head_size + CFG.heads
+    assert size(kept) <= CFG.layers * B * T * (2 * CFG.width + 4 + heads + 2 * CFG.hidden)
 
 
 def test_trees_as_states_and_parameters_that_are_not_used():
