@@ -24,10 +24,10 @@ from jaxpar.parallel.mesh import mesh_sizes
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.pipeline.split import Split
 from jaxpar.parallel.rules import Rules, batch_sharding, check, constrain, shardings
-from jaxpar.parallel.sequence.api import sequence_layout
 from jaxpar.parallel.sequence.choose import copies
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
+from jaxpar.programs.sequence import layout_for
 from jaxpar.programs.sequence import loss_fn as sequence_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.programs.whole import loss_fn as whole_loss
@@ -161,9 +161,8 @@ def checked(
     rules = stage_rules(Rules() if rules is None else rules, cfg.layers, sizes)
     check(tree, sizes, rules, rows=rows, activations={} if length is None else {"length": length})
     if length is not None:
-        sequence_layout(sizes, length, layout=sequence.layout)
-    if sequence.attention == "ulysses":
-        copies(cfg.heads, cfg.kv_heads, sizes["sequence"], "mesh axis sequence")
+        layout_for(sequence, sizes, length)
+    copies(cfg.heads, cfg.kv_heads, sequence.exchanging(sizes["sequence"]), "mesh axis sequence")
     if pipeline is not None:
         placement = (
             straight(sizes["stage"]) if rows is None else table_for(pipeline, sizes, rules, rows).order.placement

@@ -25,7 +25,7 @@ from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.sequence.config import SequenceConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ATTENTIONS = ("ring", "ring_bidirectional", "tokenring", "rsa", "ulysses")
+ATTENTIONS = ("ring", "ring_bidirectional", "tokenring", "rsa", "ulysses", "hybrid")
 LAYOUTS = ("contiguous", "striped", "zigzag")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v")
 HOWS = (("one-kind", "inputs"), ("one-kind", "residuals"), ("mixed", "inputs"), ("mixed", "residuals"))
@@ -41,7 +41,7 @@ def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfi
         mesh = MeshConfig.parse(text)
         for attention in ATTENTIONS:
             for layout in LAYOUTS:
-                how = SequenceConfig(attention, layout)
+                how = SequenceConfig(attention, layout=layout)
                 yield f"llama: {mesh}, {attention}, {layout}", "llama", mesh, {"sequence": how}
     for text in (f"data={devices // 4},stage=2,tensor=2", f"data={devices // 4},stage=4"):
         mesh = MeshConfig.parse(text)

@@ -26,9 +26,8 @@ from jaxpar.parallel.pipeline.split import Split
 from jaxpar.parallel.pipeline.table import Table
 from jaxpar.parallel.pipeline.tasks import Placement
 from jaxpar.parallel.rules import Rules
-from jaxpar.parallel.sequence.api import sequence_layout
 from jaxpar.parallel.sequence.config import SequenceConfig
-from jaxpar.programs.sequence import arranged, batch_specs, local_attention
+from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, local_attention
 from jaxpar.step import Batch
 
 Tree = Any
@@ -60,9 +59,14 @@ class PipelineProgram:
         return dict(self.mesh.shape)
 
     @cached_property
+    def inside(self) -> tuple[Mesh, tuple[str, ...]]:
+        """The mesh of the `shard_map`, and its axes that tokens lie on."""
+        return by_hand(self.mesh, self.sequence)
+
+    @cached_property
     def by_hand(self) -> tuple[str, ...]:
         """The axes of the `shard_map`. Those of size 1 among them cost nothing."""
-        return tuple(a for a in self.mesh.axis_names if a != TENSOR)
+        return tuple(a for a in self.inside[0].axis_names if a != TENSOR)
 
     @cached_property
     def spread(self) -> tuple[str, ...]:
@@ -95,7 +99,7 @@ class PipelineProgram:
             return execute.gradients(table, parts, shared, layers, pieces, micros, **options)
 
         def local(shared, layers, batch, places, key):
-            parts, pieces, micros = self.inside(split, batch, places, key, table.order.microbatches)
+            parts, pieces, micros = self.model(split, batch, places, key, table.order.microbatches)
             loss, d_shared, d_layers = run(parts, *self.whole(shared, layers), pieces, micros)
             d_shared = jax.tree.map(lambda g: jax.lax.psum(g, STAGE), d_shared)
             d_layers = jax.tree.map(lambda g: g[None], d_layers)
@@ -117,7 +121,7 @@ class PipelineProgram:
         m = replace(self.pipeline, microbatches=None).count(rows, self.sizes[STAGE])
 
         def local(shared, layers, batch, places, key):
-            parts, pieces, micros = self.inside(split, batch, places, key, m)
+            parts, pieces, micros = self.model(split, batch, places, key, m)
             found = autodiff.loss(parts, *self.whole(shared, layers), pieces, micros, axes=self.by_hand)
             return jax.lax.psum(found, self.by_hand)
 
@@ -129,23 +133,23 @@ class PipelineProgram:
     def mapped(self, local: Callable, out_specs):
         """`local` on every device, by hand over all axes but the tensor axis."""
         shared_specs, layer_specs = self.param_specs()
-        tokens = PartitionSpec(SEQUENCE)
-        in_specs = (shared_specs, layer_specs, batch_specs(self.rows, SEQUENCE), tokens, PartitionSpec())
-        return jax.shard_map(
-            local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.by_hand)
-        )
+        mesh, tokens = self.inside
+        batch = batch_specs(self.rows, tokens)
+        in_specs = (shared_specs, layer_specs, batch, PartitionSpec(tokens), PartitionSpec())
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.by_hand))
 
     def arrange(self, batch: Batch) -> tuple[Batch, jax.Array]:
         """The batch with its tokens in stored order, and the place of each in its row."""
-        layout = sequence_layout(self.mesh, batch.tokens.shape[1], layout=self.sequence.layout)
         if self.sizes[SEQUENCE] == 1:
             return batch, jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+        layout = layout_for(self.sequence, self.sizes, batch.tokens.shape[1])
         return arranged(layout, batch), jnp.asarray(layout.positions)
 
-    def inside(self, split: Split, batch: Batch, places, key, m: int):
+    def model(self, split: Split, batch: Batch, places, key, m: int):
         """The model as parts, what each chunk is told, and this device's rows as m microbatches."""
-        ops = self.ops if self.sizes[SEQUENCE] == 1 else replace(self.ops, attention=local_attention(self.sequence))
-        cfg = self.cfg
+        cfg, ops = self.cfg, self.ops
+        if self.sizes[SEQUENCE] > 1:
+            ops = replace(ops, attention=local_attention(self.sequence, self.inside[1]))
 
         def context(micro: Batch) -> Context:
             return Context(

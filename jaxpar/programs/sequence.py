@@ -6,12 +6,13 @@ of `jaxpar.parallel.sequence`. Tokens are stored in the layout's order from here
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
@@ -25,12 +26,43 @@ from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
 
 AXIS = "sequence"
+RING, EXCHANGE = "ring", "exchange"
+"""The two axes that a hybrid makes of it."""
 PER_ROW = ("sample_ids",)
 """The fields of a batch that have no dimension of tokens."""
 
 
-def local_attention(config: SequenceConfig):
-    """The attention function of a device that is inside a `shard_map` over `sequence` already."""
+def by_hand(mesh: Mesh, config: SequenceConfig) -> tuple[Mesh, tuple[str, ...]]:
+    """The mesh of the `shard_map` and its axes that tokens lie on: a hybrid has two in place of one, the same devices in
+    the same order."""
+    devices = dict(mesh.shape)[AXIS]
+    if config.attention != "hybrid":
+        return mesh, (AXIS,)
+    inner = config.exchanging(devices)
+    shape, names = [], []
+    for name, size in mesh.shape.items():
+        shape += [size // inner, inner] if name == AXIS else [size]
+        names += [RING, EXCHANGE] if name == AXIS else [name]
+    types = (AxisType.Auto,) * len(names)
+    return Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=types), (RING, EXCHANGE)
+
+
+def layout_for(config: SequenceConfig, sizes: Mapping[str, int], length: int) -> Layout:
+    """How the tokens of a row lie on a mesh of these sizes.
+
+    Raises:
+      ValueError: a length that does not divide.
+    """
+    if config.attention != "hybrid":
+        return sequence_layout(sizes, length, layout=config.layout)
+    inner = config.exchanging(sizes[AXIS])
+    return sequence_layout(
+        {RING: sizes[AXIS] // inner, EXCHANGE: inner}, length, layout=config.layout, axis=(RING, EXCHANGE)
+    )
+
+
+def local_attention(config: SequenceConfig, axes: tuple[str, ...]):
+    """The attention function of a device that is inside a `shard_map` over these axes of the tokens already."""
     run = LOCAL[config.attention]
 
     def attention(
@@ -38,7 +70,8 @@ def local_attention(config: SequenceConfig):
     ):
         if (q_start, k_start) != (0, 0):
             raise ValueError(f"sequence attention has whole rows; q_start, k_start = {q_start}, {k_start} must be 0")
-        options = dict(layout=config.layout, axis=AXIS, implementation=implementation)
+        axis = axes if len(axes) > 1 else axes[0]
+        options = dict(layout=config.layout, axis=axis, implementation=implementation)
         out, lse = run(q, k, v, mask=mask, scale=scale, cap=cap, **options)
         return (out, lse) if lse_out else out
 
@@ -52,7 +85,7 @@ def arranged(layout: Layout, batch: Batch) -> Batch:
     )
 
 
-def batch_specs(rows: tuple[str, ...], tokens: str | None) -> Batch:
+def batch_specs(rows: tuple[str, ...], tokens: tuple[str, ...]) -> Batch:
     """The `PartitionSpec` of each field, for a `shard_map`."""
     grid, row = PartitionSpec(rows or None, tokens), PartitionSpec(rows or None)
     return Batch(**{f.name: row if f.name in PER_ROW else grid for f in fields(Batch)})
@@ -60,18 +93,19 @@ def batch_specs(rows: tuple[str, ...], tokens: str | None) -> Batch:
 
 def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig) -> Loss:
     """As `whole.loss_fn`. Differentiable from outside: gradients are summed over the axis once, at the end."""
-    ops = replace(ops, attention=local_attention(config))
+    inside, axes = by_hand(mesh, config)
+    ops = replace(ops, attention=local_attention(config, axes))
 
     def loss(params: Any, batch: Batch, key):
-        layout = sequence_layout(mesh, batch.tokens.shape[1], layout=config.layout)
+        layout = layout_for(config, dict(mesh.shape), batch.tokens.shape[1])
         places = jnp.asarray(layout.positions)
 
         def local(params, batch, places, key):
-            params = jax.tree.map(lambda x: varying(x, {AXIS}), params)
-            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key), AXIS)
+            params = jax.tree.map(lambda x: varying(x, axes), params)
+            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key), axes)
 
-        specs = (PartitionSpec(), batch_specs((), AXIS), PartitionSpec(AXIS), PartitionSpec())
-        whole = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names={AXIS})
+        specs = (PartitionSpec(), batch_specs((), axes), PartitionSpec(axes), PartitionSpec())
+        whole = jax.shard_map(local, mesh=inside, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))
         return whole(params, arranged(layout, batch), places, key)
 
     return loss

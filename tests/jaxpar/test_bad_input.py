@@ -96,6 +96,11 @@ CASES = [
         "{train} --mesh data=2,stage=2,sequence=2 --pipeline.ticks mixed",
         ("mixed", "sequence", "one-kind"),
     ),
+    Case(
+        "groups of a hybrid",
+        "{train} --mesh data=2,sequence=4 --sequence.attention hybrid --sequence.exchange 3",
+        ("sequence.exchange = 3", "sequence(4)", "nearest that works: 2"),
+    ),
     Case("autodiff of another schedule", "{train} --pipeline.executor autodiff", ("autodiff", "1f1b", "gpipe")),
     Case("explain: stages", "explain tiny --mesh stage=4", ("4 pipeline stages", "2 layers")),
     Case("explain: heads by tensor", "explain tiny --heads 4 --mesh tensor=8", ("4", "8", "heads")),

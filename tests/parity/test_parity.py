@@ -83,11 +83,13 @@ def test_features_on_meshes(mesh, devices):
         ("tokenring", "striped", "sequence=4"),
         ("rsa", "zigzag", "stage=2,sequence=2"),
         ("ulysses", "zigzag", "sequence=4,tensor=2"),
+        ("hybrid", "zigzag", "stage=2,sequence=4"),
+        ("hybrid", "contiguous", "data=2,sequence=4"),
     ],
 )
 def test_every_kind_of_sequence_attention(attention, layout, mesh, devices):
     """The ring in zigzag is the default."""
-    assert_equal(run(LLAMA, MESH(mesh), sequence=SequenceConfig(attention, layout)), reference("llama"))
+    assert_equal(run(LLAMA, MESH(mesh), sequence=SequenceConfig(attention, layout=layout)), reference("llama"))
 
 
 @pytest.mark.parametrize(
