@@ -51,26 +51,29 @@ MODELS = {
 # A large epsilon, so that a gradient that is nothing but rounding does not become a step of full size.
 OPTIMISER = AdamW(schedule=Constant(1e-2), epsilon=1e-3)
 ROWS, LENGTH, STEPS = 8, 16, 3
+QUICK = {"xla_backend_optimization_level": 0}
+"""LLVM's effort at CPU code, none: what is compared is the partitioned program, and compiling it is nearly all of the
+time (2 to 4 times less so). XLA's own passes, the partitioner and fusion among them, are as in any run."""
 
 
-def batch_of(step: int) -> Batch:
+def batch_of(step: int, rows: int = ROWS, length: int = LENGTH) -> Batch:
     """Packed rows: two documents and some padding, with unequal token weights."""
     draw = np.random.default_rng(step)
-    tokens = draw.integers(0, 64, (ROWS, LENGTH + 1), np.int32)
-    first = draw.integers(4, 10, ROWS)
-    at = np.arange(LENGTH, dtype=np.int32)[None]
+    tokens = draw.integers(0, 64, (rows, length + 1), np.int32)
+    first = draw.integers(4, 10, rows)
+    at = np.arange(length, dtype=np.int32)[None]
     second = at >= first[:, None]
-    segments = np.where(at >= LENGTH - 2, 0, 1 + second).astype(np.int32)
+    segments = np.where(at >= length - 2, 0, 1 + second).astype(np.int32)
     positions = np.where(second, at - first[:, None], at).astype(np.int32)
-    weights = (segments > 0) * draw.uniform(0.5, 1.5, (ROWS, LENGTH))
-    ids = np.arange(step * ROWS, (step + 1) * ROWS, dtype=np.int32)
+    weights = (segments > 0) * draw.uniform(0.5, 1.5, (rows, length))
+    ids = np.arange(step * rows, (step + 1) * rows, dtype=np.int32)
     return Batch(tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32), positions, segments, ids)
 
 
-def run(cfg, mesh_config: MeshConfig, microbatches: int = 1, **how):
+def run(cfg, mesh_config: MeshConfig, microbatches: int = 1, rows: int = ROWS, length: int = LENGTH, **how):
     """Loss and gradients of the first batch, the losses of three steps, and the parameters behind them."""
     mesh = make_mesh(mesh_config, jax.devices()[: np.prod(list(mesh_config.sizes.values()))])
-    program = build(cfg, mesh, rows=ROWS // microbatches, length=LENGTH, **how)
+    program = build(cfg, mesh, rows=rows // microbatches, length=length, **how)
     tx = make(OPTIMISER, program.specs, steps=STEPS)
     step = chain(make_step(program.grad_fn, tx), accumulate(microbatches), clip_global(1.0))
     # The state is made once, without a mesh, and put in place; that `init` is bitwise the same on every mesh has a test
@@ -79,7 +82,7 @@ def run(cfg, mesh_config: MeshConfig, microbatches: int = 1, **how):
     state = jax.device_put(fresh_state(cfg, step), places)
     put = lambda batch: jax.tree.map(lambda x: jax.device_put(x, program.batch_sharding), batch)
 
-    @partial(jax.jit, out_shardings=(places, None, None))
+    @partial(jax.jit, out_shardings=(places, None, None), compiler_options=QUICK)
     def update(state, batch):
         gradients = step.gradients(state, batch, None)
         new, metrics = step.apply(state, gradients, None)
@@ -87,21 +90,21 @@ def run(cfg, mesh_config: MeshConfig, microbatches: int = 1, **how):
 
     losses, first = [], None
     for i in range(STEPS):
-        state, loss, grads = update(state, put(batch_of(i)))
+        state, loss, grads = update(state, put(batch_of(i, rows, length)))
         losses.append(float(loss))
         first = jax.device_get(grads) if first is None else first
     return first, losses, jax.device_get(state.params)
 
 
 def fresh_state(cfg, step):
-    params = jax.jit(decoder.init, static_argnums=0)(cfg, jax.random.key(0))
-    return jax.jit(step.init)(params, jax.random.key(1))
+    params = jax.jit(decoder.init, static_argnums=0, compiler_options=QUICK)(cfg, jax.random.key(0))
+    return jax.jit(step.init, compiler_options=QUICK)(params, jax.random.key(1))
 
 
 @cache
-def reference(name: str):
+def reference(name: str, rows: int = ROWS, length: int = LENGTH):
     """The run of a model on one device."""
-    return run(MODELS[name], MeshConfig())
+    return run(MODELS[name], MeshConfig(), rows=rows, length=length)
 
 
 TOLERANCE = {"losses": 2e-6, "gradients": 2e-5, "parameters": 2e-4}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -52,16 +53,19 @@ def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfi
 
 
 def run_case(model: str, mesh: MeshConfig, how: dict) -> dict:
-    """Errors and seconds of one case, or why it cannot be."""
-    from jaxpar.experiments.parity.compare import MODELS, errors, reference, run, too_large
+    """Errors and seconds of one case, or why it cannot be. Rows and tokens are as many as the devices need."""
+    from jaxpar.experiments.parity.compare import LENGTH, MODELS, ROWS, errors, reference, run, too_large
 
     start = time.perf_counter()
+    devices = math.prod(mesh.sizes.values())
+    size = {"rows": max(ROWS, devices), "length": max(LENGTH, 2 * devices)}
     try:
-        found = run(MODELS[model], mesh, **how)
+        found = run(MODELS[model], mesh, **size, **how)
     except ValueError as error:
         return {"refused": str(error)}
-    worst = errors(found, reference(model))
-    verdict = "; ".join(too_large(found, reference(model))) or "ok"
+    expected = reference(model, **size)
+    worst = errors(found, expected)
+    verdict = "; ".join(too_large(found, expected)) or "ok"
     return {"verdict": verdict, **{k: v[0] for k, v in worst.items()}, "seconds": time.perf_counter() - start}
 
 

@@ -26,7 +26,7 @@ def test_a_case_that_is_equal_one_that_is_not_and_one_that_cannot_be(devices, mo
     assert 0 < good["parameters"] < 2e-4
     other = compare.LLAMA.replace(norm=RMSNorm(epsilon=1e-2))
     monkeypatch.setitem(compare.MODELS, "another", other)
-    monkeypatch.setattr(compare, "reference", lambda name: compare.run(compare.LLAMA, MeshConfig()))
+    monkeypatch.setattr(compare, "reference", lambda name, **size: compare.run(compare.LLAMA, MeshConfig(), **size))
     assert "gradients differ: relative error" in matrix.run_case("another", MeshConfig(data=2), {})["verdict"]
     refused = matrix.run_case("seven layers", MeshConfig(stage=8), {})
     assert "8 pipeline stages are more than the model's 7 layers" in refused["refused"]
