@@ -10,7 +10,9 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from jaxpar.parallel.hlo import Instruction, Module, parse
 
 OPS = (
     "all-reduce",
@@ -93,79 +95,64 @@ def count(hlo: str, sizes: Mapping[str, int]) -> Counted:
       hlo: `compiled.as_text()`.
       sizes: `{axis: size}` of the mesh in its order, to name the axes that groups run over.
     """
-    entry, computations = _computations(hlo)
-    found: list[Collective] = []
-    unknown = branches = 0
-
-    def walk(name: str, times: int) -> None:
-        nonlocal unknown, branches
-        for line in computations.get(name, ()):
-            if (parsed := _instruction(line)) is None:
-                continue
-            shape, opcode, rest = parsed
-            if opcode in ("async-done", "async-update"):
-                continue  # the start has been counted
-            op = opcode.removesuffix("-start")
-            if op in OPS:
-                found.append(_collective(op, opcode != op, shape, rest, times, sizes))
-                continue
-            if opcode == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
-                unknown += trips is None
-                walk(_called(rest, "body"), times * (int(trips[1]) if trips else 1))
-            elif opcode == "conditional":
-                names = re.search(r"branch_computations=\{([^}]*)\}", rest)
-                names = names[1].split(",") if names else [_called(rest, f"{b}_computation") for b in ("true", "false")]
-                for branch in names:
-                    branches += 1
-                    walk(branch.strip().lstrip("%"), times)
-            elif callee := _called(rest, "calls" if opcode != "call" else "to_apply"):
-                walk(callee, times)
-
-    walk(entry, 1)
+    module = parse(hlo)
+    runs, unknown, branches = module.runs()
+    found = [read(one.instruction, run.times, sizes, one.scatters) for run in runs for one in places(module, run.body)]
     return Counted(tuple(found), unknown, branches)
 
 
-def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """The entry's name, and each computation's instructions."""
-    entry, lines, found = "", None, {}
-    for line in hlo.splitlines():
-        if lines is None:
-            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-            if head:
-                lines = found.setdefault(head[2], [])
-                entry = head[2] if head[1] else entry
-        elif line == "}":
-            lines = None
-        else:
-            lines.append(line)
-    return entry, found
+@dataclass(frozen=True)
+class Place:
+    """Where a collective stands in a schedule.
+
+    Attributes:
+      instruction: the collective.
+      first: the line of the schedule that begins it: its own, or that of the fusion it is in.
+      last: the line with which it is over; `first` where nothing can run beside it.
+      scatters: the fusion that it is in keeps a device's own part alone.
+    """
+
+    instruction: Instruction
+    first: int
+    last: int
+    scatters: bool = False
 
 
-def _instruction(line: str) -> tuple[str, str, str] | None:
-    """`%x = SHAPE opcode(REST` -> (SHAPE, opcode, REST)."""
-    head = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = ", line)
-    if head is None:
-        return None
-    text = line[head.end() :]
-    end = _closing(text) + 1 if text.startswith("(") else text.find(" ")
-    opcode = re.match(r"\s*([\w\-]+)\(", text[end:])
-    return None if opcode is None else (text[:end], opcode[1], text[end + opcode.end() :])
+def places(module: Module, body: list[Instruction]) -> list[Place]:
+    """The collectives of a computation that is scheduled line by line, each once.
+
+    Three ways to write one that other work runs beside: a pair, `all-gather-start` and `-done`; a pair `async-start` and
+    `async-done` around a computation; and XLA:TPU's chain of fusions, in which a first one starts it, products carry it
+    on as they compute, and a last one waits for it. All links of a chain hold a copy of the collective with one chain_id.
+    """
+    ends = {}
+    for i, one in enumerate(body):
+        if one.opcode.endswith("-done"):
+            ends[next(iter(one.operands), "")] = i
+    found: list[Place] = []
+    chains: dict[str, int] = {}
+    for i, one in enumerate(body):
+        for inside in module.fused(one):
+            if inside.opcode.removesuffix("-start") not in OPS:
+                continue
+            chain = inside.attribute("chain_id") if inside is not one else ""
+            if chain in chains:
+                at = chains[chain]
+                found[at] = replace(found[at], last=i)
+                continue
+            if chain:
+                chains[chain] = len(found)
+            begins = one.opcode.endswith("-start")
+            scatters = one.opcode == "fusion" and one.attribute("calls").startswith("all-reduce-scatter")
+            found.append(Place(inside, i, ends.get(one.name, i) if begins else i, scatters))
+    return found
 
 
-def _closing(text: str) -> int:
-    """Where the parenthesis that opens `text` closes."""
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if depth == 0:
-            return i
-    raise ValueError(f"unbalanced parentheses in the shape {text[:60]!r} ...")
-
-
-def _called(rest: str, what: str) -> str:
-    found = re.search(rf"\b{what}=%?([\w.\-]+)", rest)
-    return found[1] if found else ""
+def read(one: Instruction, times: int, sizes: Mapping[str, int], scatters: bool = False) -> Collective:
+    """One instruction as a `Collective`. XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and a slice."""
+    op = one.opcode.removesuffix("-start")
+    found = _collective(op, op != one.opcode, one.shape, one.rest, times, sizes)
+    return replace(found, op="reduce-scatter") if scatters and op == "all-reduce" else found
 
 
 def _collective(op, is_async: bool, shape: str, rest: str, times: int, sizes) -> Collective:
