@@ -56,10 +56,12 @@ class Control:
     Attributes:
       sample_weights: float32 [B], multiplies the loss weights of each row.
       learning_rate_scale: float32 [L], multiplies the updates of each layer of the stack.
+      failed: bool [S], the stages that are lost at the start of this step (see `jaxpar.recovery.transform`).
     """
 
     sample_weights: jax.Array | None = None
     learning_rate_scale: jax.Array | None = None
+    failed: jax.Array | None = None
 
 
 @struct.dataclass
