@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from jaxpar.parallel.sequence.choose import Links, Workload, bytes_per_link, choose, copies
+from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.parallel.sequence.links import NETWORK, links_of
 
 pytestmark = pytest.mark.quick
 
@@ -105,3 +107,30 @@ def test_refusals():
 def test_free_of_jax():
     code = "import sys; import jaxpar.parallel.sequence.choose; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_links_by_the_kind_of_device():
+    assert links_of("TPU v5 lite", 4, 8).bandwidth == 45e9
+    assert links_of("TPU v5p", 4, 8).bandwidth == 90e9
+    assert not links_of("TPU v99", 4, 8).all_pairs
+    one_host = links_of("NVIDIA H100 80GB HBM3", 8, 8)
+    assert (one_host.bandwidth, one_host.all_pairs, one_host.inner) == (450e9, True, 1)
+    two_hosts = links_of("NVIDIA H100 80GB HBM3", 4, 8)
+    assert (two_hosts.bandwidth, two_hosts.inner, two_hosts.inner_bandwidth) == (NETWORK, 4, 450e9)
+    assert links_of("cpu", 8, 8).all_pairs
+
+
+def test_auto_becomes_what_the_rule_picks():
+    """Few heads leave rings only; over two hosts heads are exchanged inside each; a named kind stays."""
+    auto = SequenceConfig("auto", exchange=3)
+    few = replace(MULTI_HEAD, heads=4, kv_heads=4)
+    found, why = auto.settled(few, TORUS)
+    assert found.attention == choose(few, TORUS).kind == "ring_bidirectional"
+    assert "Ulysses cannot share 4 heads among 8 devices" in why
+    hosts = links_of("NVIDIA H100 80GB HBM3", 4, 8, flops=1e15)
+    long = replace(MULTI_HEAD, length=2**20)
+    picked = choose(long, hosts)
+    found, _ = auto.settled(long, hosts)
+    assert (found.attention, found.exchange) == (picked.kind, picked.inner if picked.kind == "hybrid" else 3)
+    assert picked.kind == min(picked.seconds, key=picked.seconds.get)
+    assert SequenceConfig("rsa").settled(long, hosts) == (SequenceConfig("rsa"), "")
