@@ -13,6 +13,7 @@ from jaxpar.optimisers_config import AdamW, AnyOptimiser
 from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.sampling import Sampler
 from jaxpar.steps.config import ClipPerStage, StepConfig
 
@@ -89,6 +90,7 @@ class RunConfig:
         axis may take the rest; without this option, data does.
       pipeline: how microbatches pass through the stages of a mesh with stage > 1.
       sequence: how attention works on a mesh with sequence > 1.
+      tensor: how products work on a mesh with tensor > 1.
       fake_devices: pretend that the CPU is this many devices. None: the real ones.
       distributed: several processes.
       evaluate_every: steps between evaluations; there is always one at the end. None: only that one.
@@ -114,6 +116,7 @@ class RunConfig:
     mesh: MeshConfig = field(default=MeshConfig(data="rest"), metadata={"parse": MeshConfig.parse})
     pipeline: PipelineConfig = PipelineConfig()
     sequence: SequenceConfig = SequenceConfig()
+    tensor: TensorConfig = TensorConfig()
     fake_devices: int | None = None
     distributed: DistributedConfig = DistributedConfig()
     evaluate_every: int | None = 100

@@ -26,9 +26,12 @@ from jaxpar.parallel.pipeline.split import Split
 from jaxpar.parallel.rules import Rules, batch_sharding, check, constrain, shardings
 from jaxpar.parallel.sequence.choose import copies
 from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
 from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
 from jaxpar.programs.sequence import layout_for
 from jaxpar.programs.sequence import loss_fn as sequence_loss
+from jaxpar.programs.tensor import hand_specs, training_ops
+from jaxpar.programs.tensor import loss_fn as tensor_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.programs.whole import loss_fn as whole_loss
 from jaxpar.step import Batch, Control, Gradients
@@ -45,7 +48,7 @@ class Program:
       specs: every parameter's `ParamSpec`.
       param_shardings: a `NamedSharding` for each parameter.
       batch_sharding: of arrays [B, T] and [B] of a batch.
-      ops: the functions that the blocks call, with this mesh's sharding constraints.
+      ops: the functions that the blocks call in generation, with this mesh's sharding constraints.
       grad_fn: `(params, batch, control, key) -> Gradients`, sums over the global batch.
       eval_fn: `(params, batch) -> (loss_sum, weight_sum)`, without dropout.
     """
@@ -84,6 +87,7 @@ def build(
     length: int | None = None,
     pipeline: PipelineConfig | None = None,
     sequence: SequenceConfig | None = None,
+    tensor: TensorConfig | None = None,
     staged: bool | None = None,
 ) -> Program:
     """Join a model and a mesh.
@@ -93,6 +97,7 @@ def build(
       length: tokens of a row, checked likewise.
       pipeline: how microbatches pass through the stages, where the mesh has a stage axis larger than 1.
       sequence: how attention works, where the mesh has a sequence axis larger than 1.
+      tensor: how products work, where the mesh has a tensor axis larger than 1.
       staged: build the pipeline's program. None: where there is more than one stage.
 
     Raises:
@@ -101,22 +106,27 @@ def build(
     """
     sequence = SequenceConfig() if sequence is None else sequence
     pipeline = PipelineConfig() if pipeline is None else pipeline
+    tensor = TensorConfig() if tensor is None else tensor
     sizes = mesh_sizes(mesh)
     staged = sizes["stage"] > 1 if staged is None else staged
-    tree, rules = checked(
-        cfg, sizes, rules, rows=rows, length=length, pipeline=pipeline if staged else None, sequence=sequence
-    )
+    used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor)
+    tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
     param_shardings = shardings(tree, mesh, rules)
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
-    ops = Ops(constrain=constrain(mesh, rules.with_activations(length=())))
+    ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))
+    training = training_ops(ops, tensor, mesh, rules)
+    hand = (TENSOR,) if tensor.by_hand(sizes) else ()
     if staged:
-        pipes = PipelineProgram(cfg, mesh, rules, tree, ops, pipeline, sequence)
+        pipes = PipelineProgram(cfg, mesh, rules, tree, training, pipeline, sequence, tensor)
         loss, gradients = pipes.loss, pipes.gradients
     elif sizes["sequence"] > 1:
-        loss = sequence_loss(cfg, mesh, ops, sequence)
+        loss = sequence_loss(cfg, mesh, training, sequence, hand, hand_specs(tree, rules, hand))
+        gradients = differentiated(loss)
+    elif hand:
+        loss = tensor_loss(cfg, mesh, training, tree, rules)
         gradients = differentiated(loss)
     else:
-        loss = whole_loss(cfg, ops)
+        loss = whole_loss(cfg, training)
         gradients = differentiated(loss)
 
     def grad_fn(params, batch: Batch, control: Control, key) -> Gradients:
@@ -148,6 +158,7 @@ def checked(
     length: int | None = None,
     pipeline: PipelineConfig | None = None,
     sequence: SequenceConfig = SequenceConfig(),
+    tensor: TensorConfig = TensorConfig(),
 ) -> tuple[Tree, Rules]:
     """Every parameter's `ParamSpec`, and the rules that hold on this mesh, once all that `build` is given fits together.
 
@@ -163,9 +174,13 @@ def checked(
     if length is not None:
         layout_for(sequence, sizes, length)
     copies(cfg.heads, cfg.kv_heads, sequence.exchanging(sizes["sequence"]), "mesh axis sequence")
+    at_a_time = None
+    if rows is not None and pipeline is None:
+        at_a_time = rows // math.prod(sizes[a] for a in rules.mesh_axes("batch", "activations"))
+    tensor.check(sizes, rows=at_a_time, length=length)
     if pipeline is not None:
         placement = (
-            straight(sizes["stage"]) if rows is None else table_for(pipeline, sizes, rules, rows).order.placement
+            straight(sizes["stage"]) if rows is None else table_for(pipeline, sizes, rules, rows, tensor).order.placement
         )
         Split(cfg.layers, placement)
     return tree, rules

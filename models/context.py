@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxpar.models.cache import KVCache
+from jaxpar.models.shards import Whole, cut
 from jaxpar.pallas_kernels.attention import attention
 
 
@@ -65,11 +66,21 @@ class Ops:
       matmul: `(x, w, contract=1) -> y`, see `matmul` above.
       constrain: `(x, logical axes) -> x`, says how an activation is spread. The model names logical axes only, never a
         mesh.
+      shards: what of tokens, kernels and vocabulary is at hand, see `jaxpar.models.shards`.
     """
 
     attention: Callable = attention
     matmul: Callable = matmul
     constrain: Callable = unconstrained
+    shards: Whole = Whole()
+
+    def columns(self, x_BxSxD, kernels: Sequence) -> list:
+        """What the stream's tokens are with each of these kernels, which all read the same x: [B, T, ...] each."""
+        return self.shards.columns(self.matmul, x_BxSxD, kernels)
+
+    def row(self, h, kernel, contract: int = 1):
+        """The product at a branch's end, on the stream's tokens: [B, S, D]."""
+        return self.shards.row(self.matmul, h, kernel, contract)
 
 
 @struct.dataclass
@@ -85,8 +96,8 @@ class Context:
       key: the random key of this step, for dropout. None: evaluation, nothing is dropped.
       sample_ids: int32 [B], the global example index of each row, which dropout folds into the key so that it does not
         depend on how rows are spread. Needed where `key` is given.
-      places: int32 [T], the place in its row of each token at hand, which dropout folds in too: a device that holds a
-        part of every row says here which. None: 0, 1, 2, ...
+      places: int32 [T], the place in its row of each token, which dropout folds in too: a device that holds a part of
+        every row says here which. None: 0, 1, 2, ...
       ops: the functions that the blocks call (static).
     """
 
@@ -98,6 +109,14 @@ class Context:
     places: jax.Array | None = None
     ops: Ops = struct.field(pytree_node=False, default=Ops())
 
+    def cut(self) -> list[Context]:
+        """A context for each of the parts that the rows go through the layers in, see `Whole.parts`."""
+        if (parts := self.ops.shards.parts) == 1:
+            return [self]
+        ops = replace(self.ops, shards=replace(self.ops.shards, parts=1))
+        rows = cut((self.positions, self.segments, self.sample_ids), parts)
+        return [self.replace(positions=p, segments=s, sample_ids=i, ops=ops) for p, s, i in rows]
+
     def positions_of(self, shape: tuple[int, int]):
         """int32 [B, T]: the given positions, or those that follow from the cache, or 0, 1, 2, ..."""
         if self.positions is not None:
@@ -107,7 +126,7 @@ class Context:
         return start_B[:, None] + steps_T[None, :]
 
 
-def dropout(cfg, ctx: Context, x_BxTxD, layer, site: int):
+def dropout(cfg, ctx: Context, x_BxSxD, layer, site: int):
     """Zero each element with probability `cfg.dropout` and scale the rest, in training.
 
     The key folds in the layer, the site (0 embedding, 1 attention, 2 feed-forward), the sample and the token's place in
@@ -115,11 +134,13 @@ def dropout(cfg, ctx: Context, x_BxTxD, layer, site: int):
     microbatch size, and when a pipeline stage runs alone.
     """
     if cfg.dropout == 0 or ctx.key is None:
-        return x_BxTxD
-    T, D = x_BxTxD.shape[1:]
-    places_T = jnp.arange(T, dtype=jnp.int32) if ctx.places is None else ctx.places
+        return x_BxSxD
+    S, D = x_BxSxD.shape[1:]
+    shards = ctx.ops.shards
+    places_T = jnp.arange(S * shards.shards, dtype=jnp.int32) if ctx.places is None else ctx.places
+    (places_S,) = shards.own(places_T[None])
     key = jax.random.fold_in(jax.random.fold_in(ctx.key, layer), site)
     keep = 1.0 - cfg.dropout
     token = lambda key, place: jax.random.bernoulli(jax.random.fold_in(key, place), keep, (D,))
-    row = lambda sample: jax.vmap(partial(token, jax.random.fold_in(key, sample)))(places_T)
-    return jnp.where(jax.vmap(row)(ctx.sample_ids), x_BxTxD / keep, 0).astype(x_BxTxD.dtype)
+    row = lambda sample: jax.vmap(partial(token, jax.random.fold_in(key, sample)))(places_S)
+    return jnp.where(jax.vmap(row)(ctx.sample_ids), x_BxSxD / keep, 0).astype(x_BxSxD.dtype)

@@ -25,6 +25,7 @@ from jaxpar.models.cache import KVCache
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops, dropout
 from jaxpar.models.loss import cross_entropy
+from jaxpar.models.shards import cut, join
 from jaxpar.models.spec import Normal, ParamSpec
 
 Tree = Any
@@ -84,21 +85,27 @@ def init(cfg: ModelConfig, key) -> Tree:
 
 
 def embed(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context):
-    """Token (and learned position) embeddings -> the residual operator's state at the first layer."""
+    """Token (and learned position) embeddings -> the residual operator's state at the first layer.
+
+    Where rows go through the layers in several parts, the state is a tuple of theirs.
+    """
     chex.assert_rank(tokens_BxT, 2)
+    shards = ctx.ops.shards
+    if shards.parts > 1:
+        return tuple(embed(cfg, params, *part) for part in zip(cut(tokens_BxT, shards.parts), ctx.cut(), strict=True))
     dtype = jnp.dtype(cfg.dtype)
     # Spread as an activation before the lookup: with its width still sharded, XLA's partitioner gives up on resharding
     # what was looked up, and replicates it ("involuntary full rematerialization").
     table_VxD = ctx.ops.constrain(params["embedding"]["tokens"], ("vocabulary", "embed"))
-    x_BxTxD = table_VxD[tokens_BxT].astype(dtype)
+    x_BxSxD = shards.lookup(table_VxD, tokens_BxT).astype(dtype)
     if cfg.embedding_scale is not None:
-        x_BxTxD = x_BxTxD * jnp.asarray(cfg.embedding_scale, dtype)
+        x_BxSxD = x_BxSxD * jnp.asarray(cfg.embedding_scale, dtype)
     if "positions" in params["embedding"]:
         table_PxD = ctx.ops.constrain(params["embedding"]["positions"], (None, "embed"))
-        x_BxTxD = x_BxTxD + table_PxD[ctx.positions_of(tokens_BxT.shape)].astype(dtype)
-    x_BxTxD = ctx.ops.constrain(x_BxTxD, ("batch", "length", "embed"))
-    x_BxTxD = dropout(cfg, ctx, x_BxTxD, layer=0, site=0)
-    return cfg.residual.init(cfg, x_BxTxD)
+        x_BxSxD = x_BxSxD + table_PxD[shards.own(ctx.positions_of(tokens_BxT.shape))].astype(dtype)
+    x_BxSxD = ctx.ops.constrain(x_BxSxD, ("batch", "stream", "embed"))
+    x_BxSxD = dropout(cfg, ctx, x_BxSxD, layer=0, site=0)
+    return cfg.residual.init(cfg, x_BxSxD)
 
 
 def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) -> tuple[Any, Aux]:
@@ -114,12 +121,18 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
       The state after the last of them, and `Aux`.
     """
     n = jax.tree.leaves(stacked)[0].shape[0]
-    tables = layers.tables(cfg, state, ctx)
+    contexts = ctx.cut()
+    states = (state,) if len(contexts) == 1 else state
+    tables = [layers.tables(cfg, *part) for part in zip(states, contexts, strict=True)]
     kinds_n = layers.kinds_of(cfg, first_layer, n)
     pages = None if ctx.cache is None else (ctx.cache.k, ctx.cache.v)
 
     def layer(kind, params, state, pages, i):
-        return layers.block(cfg, params, state, pages, ctx, tables, first_layer + i, i, kind)
+        run = lambda state, ctx, tables: layers.block(cfg, params, state, pages, ctx, tables, first_layer + i, i, kind)
+        if len(contexts) == 1:
+            return run(state, ctx, *tables)
+        # Side by side in one layer: no part waits for what another sends.
+        return tuple(run(*part)[0] for part in zip(state, contexts, tables, strict=True)), pages
 
     if cfg.layer_loop == "unroll":
         for i, params in enumerate(layers.unstack(stacked)):
@@ -146,8 +159,12 @@ def final_norm(cfg: ModelConfig, params: Tree, state):
 
 
 def logits_of(cfg: ModelConfig, params: Tree, x_BxTxD, ops: Ops):
-    """The output projection (and its soft cap) of what `final_norm` gave: float32 [B, T, V]."""
-    logits = ops.matmul(x_BxTxD, unembedding(cfg, params).T).astype(jnp.float32)
+    """The output projection (and its soft cap) of what `final_norm` gave: float32 [B, T, V].
+
+    Where the vocabulary is spread by hand, these are the logits of the V at hand.
+    """
+    (logits,) = ops.columns(x_BxTxD, [unembedding(cfg, params).T])
+    logits = logits.astype(jnp.float32)
     if cfg.logit_cap is not None:
         logits = cfg.logit_cap * jnp.tanh(logits / cfg.logit_cap)
     return ops.constrain(logits, ("batch", "length", "vocabulary"))
@@ -162,17 +179,19 @@ def head(cfg: ModelConfig, params: Tree, state, ctx: Context, targets=None, weig
 
     Returns:
       float32 logits [B, T, V], or `LossSums`, for which at most `cfg.loss_chunk` tokens of each row have
-      logits at once.
+      logits at once. Where the stream's tokens lie over devices: the sums of this device's own.
     """
-    x_BxTxD = final_norm(cfg, params, state)
+    if (parts := ctx.ops.shards.parts) > 1:
+        rows = zip(state, ctx.cut(), *(cut(x, parts) for x in (targets, weights)), strict=True)
+        found = [head(cfg, params, *part) for part in rows]
+        return join(found) if targets is None else jax.tree.map(lambda *sums: sum(sums), *found)
+    x_BxSxD = ctx.ops.constrain(final_norm(cfg, params, state), ("batch", "length", "embed"))
     if targets is None:
-        return logits_of(cfg, params, x_BxTxD, ctx.ops)
+        return logits_of(cfg, params, x_BxSxD, ctx.ops)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-    return LossSums(
-        *cross_entropy(
-            x_BxTxD, unembedding(cfg, params), targets, weights, chunk=cfg.loss_chunk, cap=cfg.logit_cap, ops=ctx.ops
-        )
-    )
+    targets, weights = ctx.ops.shards.own((targets, weights))
+    options = dict(chunk=cfg.loss_chunk, cap=cfg.logit_cap, ops=ctx.ops)
+    return LossSums(*cross_entropy(x_BxSxD, unembedding(cfg, params), targets, weights, **options))
 
 
 def apply(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context | None = None) -> Output:

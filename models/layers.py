@@ -92,7 +92,8 @@ class Tables:
 
 def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
     """See `Tables`. Positions come from the context, or count from the cache's lengths."""
-    B, T, _ = jax.eval_shape(lambda s: cfg.residual.final(cfg, s), state).shape
+    B, S, _ = jax.eval_shape(lambda s: cfg.residual.final(cfg, s), state).shape
+    T = S * ctx.ops.shards.shards
     positions_BxT = ctx.positions_of((B, T))
     distinct = kinds(cfg)
     cos = sin = slots = windows = None
@@ -119,22 +120,23 @@ def _pick(rows, kind):
     return (jnp.asarray(rows) if isinstance(rows, tuple) else rows)[kind]
 
 
-def attention_branch(cfg: ModelConfig, params: Tree, x_BxTxD, pages, ctx: Context, tables: Tables, i, kind):
+def attention_branch(cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Context, tables: Tables, i, kind):
     """Queries, keys, values, positions, cache, attention and output projection.
 
-    Returns [B, T, D] and the cache pages with these tokens' keys and values at layer i (or None).
+    Returns [B, S, D] and the cache pages with these tokens' keys and values at layer i (or None).
     """
     ops = ctx.ops
 
-    def project(name, axis):
-        y = ops.matmul(x_BxTxD, params[name]["kernel"])
+    def finished(name, axis, y):
         if "bias" in params[name]:
             y = y + params[name]["bias"].astype(y.dtype)[None, None]
         if f"{name}_norm" in params:
             y = cfg.norm(params[f"{name}_norm"], y)
         return ops.constrain(y, ("batch", "length", axis, "head_size"))
 
-    q, k, v = project("query", "heads"), project("key", "kv_heads"), project("value", "kv_heads")
+    axes = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
+    products = ops.columns(x_BxSxD, [params[name]["kernel"] for name in axes])
+    q, k, v = (finished(name, axis, y) for (name, axis), y in zip(axes.items(), products, strict=True))
     if tables.cos is not None:
         cos, sin = _pick(tables.cos, kind), _pick(tables.sin, kind)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -151,7 +153,7 @@ def attention_branch(cfg: ModelConfig, params: Tree, x_BxTxD, pages, ctx: Contex
         mask = MaskSpec(window=window, q_index=tables.slots, k_index=index_BxS)
 
     out = ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)
-    y = ops.matmul(out, params["out"]["kernel"], contract=2)
+    y = ops.row(out, params["out"]["kernel"], contract=2)
     if "bias" in params["out"]:
         y = y + params["out"]["bias"].astype(y.dtype)[None, None]
     return y, pages
@@ -165,9 +167,10 @@ def block(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
         own = params[name]
         x = cfg.residual.read(cfg, mixers[name], state, layer)
         x = cfg.norm(own["norm"], x) if "norm" in own else x
+        x = ctx.ops.constrain(x, ("batch", "length", "embed"))
         y, rest = run(own, x)
+        y = ctx.ops.constrain(y, ("batch", "stream", "embed"))
         y = cfg.norm(own["post_norm"], y) if "post_norm" in own else y
-        y = ctx.ops.constrain(y, ("batch", "length", "embed"))
         y = dropout(cfg, ctx, y, layer, site)
         return cfg.residual.write(cfg, mixers[name], state, y, layer), rest
 

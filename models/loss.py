@@ -3,6 +3,10 @@
 Logits of `chunk` tokens of each row exist at a time (all rows, so that a batch spread over devices stays spread). Where
 the loss is differentiated, the gradient of each chunk is taken while its logits are there: the backward pass then only
 scales what is kept, dx [B, T, D] and dW [V, D], and no logit is computed twice.
+
+Where tokens and vocabulary lie over devices by hand (`Ops.shards`), a device has T of a row's tokens and V of its ids. It
+gathers a chunk's tokens, gets their logits for its own ids, and shares maximum, sum and the right logit with the others
+(Shoeybi et al. 2019, §3; Korthikanti et al. 2022 for the tokens). No device has logits of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ def cross_entropy(x_BxTxD, unembed_VxD, targets_BxT, weights_BxT, *, chunk: int,
       unembed_VxD: the output projection, cast to x's dtype. Products are accumulated in float32 (float64 for float64).
       targets_BxT: int32 in [0, V). A target outside has no logit: give it weight 0.
       weights_BxT: float [B, T]. Differentiable: the gradient is the token's loss.
-      chunk: tokens of each row whose logits exist at once, at most.
+      chunk: tokens of each row whose logits exist at once, at most (of each device's own tokens, where it has a share).
       cap: soft cap `cap·tanh(logits / cap)` of the logits.
       ops: `matmul` projects (a function of its own, not the default, is differentiated by JAX), `constrain` says how
-        logits are spread.
+        logits are spread, `shards` what is here of tokens and vocabulary.
 
     Returns:
-      loss_sum and weight_sum: scalars, float32 (float64 for float64 inputs).
+      loss_sum and weight_sum: scalars, float32 (float64 for float64 inputs); sums of the tokens at hand.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
@@ -97,6 +101,8 @@ def _run(chunk, cap, ops, x, unembed, targets, weights, *, gradients: bool):
 
 def _chunk(cap, ops, unembed, precise, gradients, x, targets, weights):
     """One chunk, N tokens of each row: losses [B, N], dx [B, N, D] in x's dtype, dW [V, D] in `precise`."""
+    shards = ops.shards
+    x, targets, weights = shards.gather((x, targets, weights))
     if ops.matmul is matmul:
         w = unembed.astype(x.dtype)
         logits = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=precise)
@@ -116,17 +122,19 @@ def _chunk(cap, ops, unembed, precise, gradients, x, targets, weights):
     logits = ops.constrain(logits, ("batch", "length", "vocabulary"))
     if cap is not None:
         raw, logits = logits, cap * jnp.tanh(logits / cap)
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = shards.largest(jnp.max(logits, axis=-1, keepdims=True))
     weights_V = jnp.exp(logits - top)
-    total = jnp.sum(weights_V, axis=-1, keepdims=True)
+    total = shards.total(jnp.sum(weights_V, axis=-1, keepdims=True))
     # A comparison instead of a gather: it needs no exchange where the vocabulary is spread over devices.
-    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, :, None]
-    right = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
-    losses = jnp.log(total[..., 0]) + top[..., 0] - right
+    ids = targets - shards.first_id(logits.shape[-1])
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == ids[:, :, None]
+    right = shards.total(jnp.sum(jnp.where(hit, logits, 0), axis=-1))
+    losses = shards.own(jnp.log(total[..., 0]) + top[..., 0] - right)
     if not gradients:
         return losses, None, None
     d = (weights_V / total - hit) * weights[:, :, None]
     if cap is not None:
         d = d * (1 - jnp.square(jnp.tanh(raw / cap)))
     d = ops.constrain(d, ("batch", "length", "vocabulary"))
-    return losses, *pull(d)
+    dx, dw = pull(d)
+    return losses, shards.scatter(dx), dw

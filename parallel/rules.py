@@ -38,6 +38,7 @@ PARAMS: dict[str, tuple[str, ...]] = {
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
+    "stream": ("sequence",),  # tokens between branches: the residual state and its norms
     "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

@@ -1,6 +1,7 @@
 """Loss and gradients of a pipeline on a mesh: a table's actions around the model's three functions.
 
-By hand over data, stage, fsdp and sequence; the partitioner has the tensor axis. Each step: the layers are dealt out to
+By hand over data, stage, fsdp and sequence; the partitioner has the tensor axis, unless a run's products are by hand too.
+Each step: the layers are dealt out to
 the stages, a stage's weights are gathered over fsdp once, the table runs, and gradients are summed over data and
 sequence and scattered over fsdp once. Nothing but activations crosses a device's border inside the loop.
 """
@@ -27,11 +28,13 @@ from jaxpar.parallel.pipeline.table import Table
 from jaxpar.parallel.pipeline.tasks import Placement
 from jaxpar.parallel.rules import Rules
 from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
 from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, local_attention
+from jaxpar.programs.tensor import hand_specs
 from jaxpar.step import Batch
 
 Tree = Any
-STAGE, TENSOR, SEQUENCE = "stage", "tensor", "sequence"
+STAGE, SEQUENCE = "stage", "sequence"
 LAYERS = "layers"
 
 
@@ -43,7 +46,7 @@ class PipelineProgram:
       cfg, mesh, rules: as in `Program`.
       specs: every parameter's `ParamSpec`.
       ops: the functions that the blocks call; attention is replaced where tokens lie on several devices.
-      pipeline, sequence: what the run says.
+      pipeline, sequence, tensor: what the run says.
     """
 
     cfg: ModelConfig
@@ -53,6 +56,7 @@ class PipelineProgram:
     ops: Ops
     pipeline: PipelineConfig
     sequence: SequenceConfig
+    tensor: TensorConfig = TensorConfig()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -66,7 +70,8 @@ class PipelineProgram:
     @cached_property
     def by_hand(self) -> tuple[str, ...]:
         """The axes of the `shard_map`. Those of size 1 among them cost nothing."""
-        return tuple(a for a in self.inside[0].axis_names if a != TENSOR)
+        hand = self.tensor.by_hand(self.sizes)
+        return tuple(a for a in self.inside[0].axis_names if hand or a != TENSOR)
 
     @cached_property
     def spread(self) -> tuple[str, ...]:
@@ -80,7 +85,7 @@ class PipelineProgram:
 
     def table(self, batch: int) -> Table:
         """The schedule for a batch of so many rows; see `table_for`."""
-        return table_for(self.pipeline, self.sizes, self.rules, batch)
+        return table_for(self.pipeline, self.sizes, self.rules, batch, self.tensor)
 
     def split(self, placement: Placement) -> Split:
         return Split(self.cfg.layers, placement)
@@ -118,7 +123,7 @@ class PipelineProgram:
         """loss_sum and weight_sum: forwards only, stage after stage."""
         split = self.split(straight(self.sizes[STAGE]))
         rows = batch.tokens.shape[0] // math.prod(self.sizes[a] for a in self.rows)
-        m = replace(self.pipeline, microbatches=None).count(rows, self.sizes[STAGE])
+        m = microbatches(replace(self.pipeline, microbatches=None), self.tensor, self.sizes, rows)
 
         def local(shared, layers, batch, places, key):
             parts, pieces, micros = self.model(split, batch, places, key, m)
@@ -131,7 +136,7 @@ class PipelineProgram:
     # -- what is around the table ---------------------------------------------------------------------------------------
 
     def mapped(self, local: Callable, out_specs):
-        """`local` on every device, by hand over all axes but the tensor axis."""
+        """`local` on every device, by hand over the axes of `by_hand`."""
         shared_specs, layer_specs = self.param_specs()
         mesh, tokens = self.inside
         batch = batch_specs(self.rows, tokens)
@@ -177,15 +182,9 @@ class PipelineProgram:
     def param_specs(self) -> tuple[Tree, Tree]:
         """`PartitionSpec`s over the axes by hand: of the shared parameters, and of the layers as they are dealt out,
         [P, C, n, ...]."""
-        is_spec = lambda x: hasattr(x, "axes")
-        hand = lambda s: self.only_by_hand(self.rules.spec_for(s.axes, "params"))
-        shared = {k: jax.tree.map(hand, v, is_leaf=is_spec) for k, v in self.specs.items() if k != LAYERS}
-        dealt = lambda s: PartitionSpec(STAGE, None, None, *tuple(hand(s))[1:])
-        return shared, jax.tree.map(dealt, self.specs[LAYERS], is_leaf=is_spec)
-
-    def only_by_hand(self, spec: PartitionSpec) -> PartitionSpec:
-        rows = [(row,) if isinstance(row, str) else tuple(row or ()) for row in spec]
-        return PartitionSpec(*(tuple(a for a in row if a in self.by_hand) or None for row in rows))
+        shared = hand_specs({k: v for k, v in self.specs.items() if k != LAYERS}, self.rules, self.by_hand)
+        layers = hand_specs(self.specs[LAYERS], self.rules, self.by_hand)
+        return shared, jax.tree.map(lambda spec: PartitionSpec(STAGE, None, None, *tuple(spec)[1:]), layers)
 
     def deal(self, params: Tree, split: Split) -> tuple[Tree, Tree]:
         """The shared parameters, and the layers as [P, C, n, ...]. Where stages have their layers in the stack's order,
@@ -234,30 +233,55 @@ class PipelineProgram:
             own = list(self.shared_axes(spec))
             for dimension, axis in own:
                 g = jax.lax.psum_scatter(g, axis, scatter_dimension=dimension, tiled=True)
-            return jax.lax.psum(g, tuple(a for a in self.spread if a not in {a for _, a in own}))
+            apart = {a for row in spec for a in ((row,) if isinstance(row, str) else row or ())}
+            return jax.lax.psum(g, tuple(a for a in self.spread if a not in apart))
 
         return jax.tree.map(one, grads, specs)
 
     def shared_axes(self, spec: PartitionSpec):
-        """(dimension, axis) of a parameter's shards, outermost first; not the stage axis, whose shards stay apart."""
+        """(dimension, axis) of a parameter's shards, outermost first; not those of stage and tensor, which stay apart."""
         for dimension, row in enumerate(spec):
             for axis in (row,) if isinstance(row, str) else row or ():
-                if axis != STAGE:
+                if axis not in (STAGE, TENSOR):
                     yield dimension, axis
 
 
-def table_for(pipeline: PipelineConfig, sizes: Mapping[str, int], rules: Rules, batch: int) -> Table:
+def table_for(
+    pipeline: PipelineConfig,
+    sizes: Mapping[str, int],
+    rules: Rules,
+    batch: int,
+    tensor: TensorConfig = TensorConfig(),
+) -> Table:
     """The schedule of a batch of so many rows on a mesh of these sizes.
 
     Raises:
-      ValueError: see `PipelineConfig.table`, and a batch that does not divide.
+      ValueError: see `PipelineConfig.table` and `TensorConfig.check`, and a batch that does not divide.
     """
     axes = rules.mesh_axes("batch", "activations")
     devices = math.prod(sizes[a] for a in axes)
     if batch % devices:
         raise ValueError(f"a batch of {batch} rows does not divide over {devices} devices along {' and '.join(axes)}")
-    # Attention over the sequence axis permutes, which no branch may hold.
-    return pipeline.table(sizes[STAGE], batch // devices, mixed=sizes[SEQUENCE] == 1)
+    rows = batch // devices
+    # Attention over the sequence axis and products in rings permute, which no branch may hold.
+    mixed = sizes[SEQUENCE] == 1 and not tensor.permutes(sizes)
+    return replace(pipeline, microbatches=microbatches(pipeline, tensor, sizes, rows)).table(
+        sizes[STAGE], rows, mixed=mixed
+    )
+
+
+def microbatches(pipeline: PipelineConfig, tensor: TensorConfig, sizes: Mapping[str, int], rows: int) -> int:
+    """Into how many microbatches a device's rows are cut; of a number that is not given, so that each has its parts.
+
+    Raises:
+      ValueError: see `PipelineConfig.count` and `TensorConfig.check`.
+    """
+    parts = tensor.parts(sizes)
+    if pipeline.microbatches is None and rows % parts == 0:
+        return pipeline.count(rows // parts, sizes[STAGE])
+    m = pipeline.count(rows, sizes[STAGE])
+    tensor.check(sizes, rows=rows // m)
+    return m
 
 
 def straight(stages: int) -> Placement:

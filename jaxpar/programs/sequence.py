@@ -91,10 +91,19 @@ def batch_specs(rows: tuple[str, ...], tokens: tuple[str, ...]) -> Batch:
     return Batch(**{f.name: row if f.name in PER_ROW else grid for f in fields(Batch)})
 
 
-def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig) -> Loss:
-    """As `whole.loss_fn`. Differentiable from outside: gradients are summed over the axis once, at the end."""
-    inside, axes = by_hand(mesh, config)
-    ops = replace(ops, attention=local_attention(config, axes))
+def loss_fn(
+    cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand: tuple[str, ...] = (), params=PartitionSpec()
+) -> Loss:
+    """As `whole.loss_fn`. Differentiable from outside: gradients are summed over the axis once, at the end.
+
+    Args:
+      hand: further axes to be manual over.
+      params: how the parameters lie on these: a `PartitionSpec`, or a tree of them.
+    """
+    inside, tokens = by_hand(mesh, config)
+    axes = (*tokens, *hand)
+    ops = replace(ops, attention=local_attention(config, tokens))
+    param_specs = params
 
     def loss(params: Any, batch: Batch, key):
         layout = layout_for(config, dict(mesh.shape), batch.tokens.shape[1])
@@ -104,7 +113,7 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig) -> L
             params = jax.tree.map(lambda x: varying(x, axes), params)
             return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key), axes)
 
-        specs = (PartitionSpec(), batch_specs((), axes), PartitionSpec(axes), PartitionSpec())
+        specs = (param_specs, batch_specs((), tokens), PartitionSpec(tokens), PartitionSpec())
         whole = jax.shard_map(local, mesh=inside, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))
         return whole(params, arranged(layout, batch), places, key)
 

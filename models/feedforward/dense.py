@@ -30,8 +30,12 @@ def _linear(cfg, inputs: int, outputs: int, axes: tuple[str, str], std: float, b
     return specs
 
 
-def _apply(ops, params: dict, x):
-    y = ops.matmul(x, params["kernel"])
+def _columns(ops, params: dict, names: tuple[str, ...], x) -> list:
+    products = ops.columns(x, [params[name]["kernel"] for name in names])
+    return [_biased(params[name], y) for name, y in zip(names, products, strict=True)]
+
+
+def _biased(params: dict, y):
     return y + params["bias"].astype(y.dtype)[None, None] if "bias" in params else y
 
 
@@ -55,11 +59,11 @@ class GatedMLP:
             "down": _linear(cfg, cfg.hidden, cfg.width, ("mlp", "embed"), out_std, self.bias),
         }
 
-    def apply(self, cfg, params: dict, x_BxTxD, ops):
-        h_BxTxF = activate(self.activation, _apply(ops, params["gate"], x_BxTxD))
-        h_BxTxF = h_BxTxF * _apply(ops, params["up"], x_BxTxD)
+    def apply(self, cfg, params: dict, x_BxSxD, ops):
+        gate_BxTxF, up_BxTxF = _columns(ops, params, ("gate", "up"), x_BxSxD)
+        h_BxTxF = activate(self.activation, gate_BxTxF) * up_BxTxF
         h_BxTxF = ops.constrain(h_BxTxF, ("batch", "length", "mlp"))
-        return _apply(ops, params["down"], h_BxTxF)
+        return _biased(params["down"], ops.row(h_BxTxF, params["down"]["kernel"]))
 
     def flops(self, cfg) -> int:
         """Forward matmul FLOPs for one token of one layer."""
@@ -85,10 +89,11 @@ class MLP:
             "down": _linear(cfg, cfg.hidden, cfg.width, ("mlp", "embed"), out_std, self.bias),
         }
 
-    def apply(self, cfg, params: dict, x_BxTxD, ops):
-        h_BxTxF = activate(self.activation, _apply(ops, params["up"], x_BxTxD))
+    def apply(self, cfg, params: dict, x_BxSxD, ops):
+        (up_BxTxF,) = _columns(ops, params, ("up",), x_BxSxD)
+        h_BxTxF = activate(self.activation, up_BxTxF)
         h_BxTxF = ops.constrain(h_BxTxF, ("batch", "length", "mlp"))
-        return _apply(ops, params["down"], h_BxTxF)
+        return _biased(params["down"], ops.row(h_BxTxF, params["down"]["kernel"]))
 
     def flops(self, cfg) -> int:
         """Forward matmul FLOPs for one token of one layer."""

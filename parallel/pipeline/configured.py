@@ -20,8 +20,9 @@ def table(config: PipelineConfig, stages: int, microbatches: int, mixed: bool) -
     fitting = [c for c in found if mixed or c.ticks == "one-kind"]
     if not fitting:
         raise ValueError(
-            "pipeline.ticks = 'mixed' cannot run with attention that permutes over the sequence axis: devices would "
-            "take different branches around a permute; set pipeline.ticks to one-kind"
+            "pipeline.ticks = 'mixed' cannot run with what permutes inside a stage (attention over the sequence axis, "
+            "products in rings over the tensor axis): devices would take different branches around a permute; set "
+            "pipeline.ticks to one-kind"
         )
     return fitting[0].table
 
