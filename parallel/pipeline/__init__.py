@@ -23,5 +23,6 @@ On devices:
     pullback.py  a stage's backward pass in pieces, with as little kept between them as they need
     jaxprs.py    cutting a jaxpr
     branches.py  permutes in branches that devices take differently
+    mpmd.py      the same from the host, a jitted function a stage on sub-meshes: to compare with, and for stages that differ
     autodiff.py  GPipe differentiated by JAX, to compare with
 """

@@ -30,6 +30,8 @@ class Costs:
       latency: seconds that any message takes.
       message: bytes of a message.
       bandwidth: bytes a second of a link.
+      links: [from][to] seconds of a message between two devices, in place of latency, message and bandwidth where links
+        differ; None where they do not.
       activation: bytes held from F to B or BI.
       weight: bytes held from BI to BW.
     """
@@ -41,6 +43,7 @@ class Costs:
     latency: float = 0.0
     message: float = 0.0
     bandwidth: float = math.inf
+    links: tuple[tuple[float, ...], ...] | None = None
     activation: Amount = 1.0
     weight: Amount = 1.0
 
@@ -55,6 +58,10 @@ class Costs:
                 f"latency {self.latency} s, {self.message} bytes a message at {self.bandwidth} bytes/s; latency and "
                 "bytes are at least 0, bandwidth above 0"
             )
+        for a, row in enumerate(self.links or ()):
+            for b, value in enumerate(row):
+                if not (0 <= value < math.inf):
+                    raise ValueError(f"links[{a}][{b}] = {value}; a link takes a number of seconds, at least 0")
 
     def seconds(self, kind: Kind, stage: int) -> float:
         if kind is Kind.B and self.backward is None:
@@ -70,8 +77,20 @@ class Costs:
 
     @property
     def link(self) -> float:
-        """Seconds that a message takes from one device to another."""
+        """Seconds that a message takes from one device to another, where all links are alike."""
         return self.latency + self.message / self.bandwidth
+
+    def between(self, sender: int, receiver: int) -> float:
+        """Seconds that a message takes between two devices; 0 on one device."""
+        if sender == receiver:
+            return 0.0
+        return self.link if self.links is None else self.links[sender][receiver]
+
+    def shifted(self, shift: int, devices: int) -> float:
+        """Seconds until every device has the message of the one `shift` places before it on the ring."""
+        if self.links is None:
+            return self.link
+        return max(self.links[d][(d + shift) % devices] for d in range(devices))
 
     def per_chunk(self, chunks: int) -> Costs:
         """The costs of a stage cut into chunks: 1/chunks of the work and memory; a message stays as it is.
@@ -92,8 +111,11 @@ class Costs:
             changed[name] = None if amount is None else amount / chunks
         return replace(self, **changed)
 
-    def check(self, stages: int) -> None:
-        """Raises ValueError where a cost is given for another number of stages."""
+    def check(self, stages: int, devices: int | None = None) -> None:
+        """Raises ValueError where a cost is given for another number of stages, or links for other devices."""
+        if None not in (self.links, devices) and [len(row) for row in self.links] != [devices] * devices:
+            rows = sorted({len(row) for row in self.links})
+            raise ValueError(f"links are {len(self.links)} rows of {rows} numbers for {devices} devices; give a square")
         for name in ("forward", "backward_input", "backward_weight", "backward", "activation", "weight"):
             amount = getattr(self, name)
             if isinstance(amount, tuple) and len(amount) != stages:
@@ -151,7 +173,7 @@ def simulate(order: Order, costs: Costs | None = None) -> Simulation:
       ValueError: an order that cannot run, or costs for another number of stages.
     """
     costs = Costs() if costs is None else costs
-    costs.check(order.placement.stages)
+    costs.check(order.placement.stages, order.devices)
     validate_order(order)
     start: dict[Task, float] = {}
     end: dict[Task, float] = {}
@@ -165,7 +187,7 @@ def simulate(order: Order, costs: Costs | None = None) -> Simulation:
                 needs = order.dependencies(task)
                 if any(need not in end for need in needs):
                     break
-                arrivals = [end[n] + (costs.link if order.device(n) != device else 0.0) for n in needs]
+                arrivals = [end[n] + costs.between(order.device(n), device) for n in needs]
                 start[task] = max([clock[device], *arrivals])
                 clock[device] = end[task] = start[task] + costs.seconds(task.kind, task.stage)
                 position[device] += 1
@@ -204,12 +226,13 @@ def lockstep(table: Table, costs: Costs | None = None) -> float:
     not, because which are wanted differs from device to device.
     """
     costs = Costs() if costs is None else costs
-    costs.check(table.order.placement.stages)
-    every = sum(shift != 0 for shift in table.shifts)
-    routes = {kind: sum(shift != 0 for shift in table.shifts_of(kind)) for kind in Kind}
+    costs.check(table.order.placement.stages, table.devices)
+    sent = lambda shifts: sum(costs.shifted(shift, table.devices) for shift in shifts if shift)
+    every = sent(table.shifts)
+    routes = {kind: sent(table.shifts_of(kind)) for kind in Kind}
     total = 0.0
     for t in range(table.length):
         tasks = [task for d in range(table.devices) if (task := table.action(t, d)) is not None]
         total += max(costs.seconds(task.kind, task.stage) for task in tasks)
-        total += costs.link * (every if table.ticks == "mixed" else routes[tasks[0].kind])
+        total += every if table.ticks == "mixed" else routes[tasks[0].kind]
     return total
