@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 
 from jaxpar.config import RunConfig
@@ -10,35 +12,49 @@ from jaxpar.models.spec import abstract
 from jaxpar.optimisers import make
 from jaxpar.parallel.explain import explain
 from jaxpar.parallel.mesh import MeshConfig
+from jaxpar.parallel.topology import tpu_devices
 from jaxpar.program import checked
+from jaxpar.programs.pipeline import microbatches
+from jaxpar.programs.sequence import settled as settled_sequence
 from jaxpar.state import state_specs
 
 
-def explain_run(config: RunConfig, *, compiled: bool = False):
+def explain_run(config: RunConfig, *, compiled: bool = False, topology: str | None = None):
     """The table of `jaxpar.parallel.explain` for this run, its optimiser included. Nothing is initialised.
 
     Args:
-      compiled: compile the training step on this machine's devices and count its collectives too.
+      compiled: compile the training step and count its collectives too.
+      topology: the TPU slice to compile for (`jaxpar.parallel.topology`). None: this machine's devices.
 
     Raises:
       UserError, ValueError: a mesh that does not divide the model or the batch.
     """
     cfg = config.model.replace(vocabulary=vocabulary_of(config.data))
     rows = config.data.batch // config.step.accumulate
+    if topology is not None:
+        config = config.replace(mesh=config.mesh.fit(len(tpu_devices(topology))), fake_devices=None)
     mesh = settled(config)
     staged = mesh.stage > 1
+    # Before anything else asks for a device: it may have to make fake ones.
+    made = lower_step(config, cfg, topology).compile() if compiled or topology else None
+    sequence, note = config.sequence, ""
+    if sequence.attention == "auto":
+        here = jax.devices()[0].device_kind, jax.local_device_count()
+        sequence, note = settled_sequence(sequence, cfg, mesh.sizes, *here, rows=rows, length=config.data.length)
     specs, rules = checked(
         cfg,
         mesh,
         rows=rows,
         length=config.data.length,
         pipeline=config.pipeline if staged else None,
-        sequence=config.sequence,
+        sequence=sequence,
+        tensor=config.tensor,
     )
-    microbatches = config.pipeline.count(rows // (mesh.data * mesh.fsdp), mesh.stage) if staged else 1
+    on_device = rows // (mesh.data * mesh.fsdp)
+    cuts = microbatches(config.pipeline, config.tensor, mesh.sizes, on_device) if staged else 1
     tx = make(config.optimiser, specs, steps=config.steps)
     optimiser = state_specs(jax.eval_shape(tx.init, abstract(specs)), specs)
-    return explain(
+    found = explain(
         specs,
         mesh,
         rules,
@@ -46,9 +62,11 @@ def explain_run(config: RunConfig, *, compiled: bool = False):
         length=config.data.length,
         compute_dtype=cfg.dtype,
         optimiser=optimiser,
-        microbatches=microbatches,
-        compiled=compile_step(config, cfg) if compiled else None,
+        microbatches=cuts,
+        tensor=config.tensor,
+        compiled=made,
     )
+    return replace(found, text=f"{found.text}\n{note}") if note else found
 
 
 def settled(config: RunConfig) -> MeshConfig:
@@ -58,8 +76,8 @@ def settled(config: RunConfig) -> MeshConfig:
     return config.mesh.fit(config.fake_devices or jax.device_count())
 
 
-def compile_step(config: RunConfig, cfg):
-    """The compiled training step, from shapes alone."""
+def lower_step(config: RunConfig, cfg, topology: str | None = None):
+    """The training step, traced from shapes alone, to be compiled for this machine's devices or for those of a slice."""
     from jaxpar.ahead import lower
     from jaxpar.parallel.mesh import make_mesh
     from jaxpar.program import build
@@ -68,11 +86,20 @@ def compile_step(config: RunConfig, cfg):
     from jaxpar.step import chain
     from jaxpar.steps.base import make_step
 
-    start(fake_devices=config.fake_devices, compile_cache=config.compile_cache)
-    mesh = make_mesh(config.mesh)
+    # Programs for devices that are not there cannot be read back from disk.
+    start(fake_devices=config.fake_devices, compile_cache=config.compile_cache and topology is None)
+    mesh = make_mesh(config.mesh, None if topology is None else tpu_devices(topology))
     rows = config.data.batch // config.step.accumulate
-    program = build(cfg, mesh, rows=rows, length=config.data.length, pipeline=config.pipeline, sequence=config.sequence)
+    program = build(
+        cfg,
+        mesh,
+        rows=rows,
+        length=config.data.length,
+        pipeline=config.pipeline,
+        sequence=config.sequence,
+        tensor=config.tensor,
+    )
     tx = make(config.optimiser, program.specs, steps=config.steps)
     step = chain(make_step(program.grad_fn, tx), *config.step.transforms())
     state = abstract_state(step, program, jax.random.key(0))
-    return lower(step, program, state, config.data.batch, config.data.length).compile()
+    return lower(step, program, state, config.data.batch, config.data.length)

@@ -28,7 +28,7 @@ from jaxpar.parallel.sequence.choose import copies
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
 from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
-from jaxpar.programs.sequence import layout_for
+from jaxpar.programs.sequence import layout_for, settled
 from jaxpar.programs.sequence import loss_fn as sequence_loss
 from jaxpar.programs.tensor import hand_specs, training_ops
 from jaxpar.programs.tensor import loss_fn as tensor_loss
@@ -51,6 +51,7 @@ class Program:
       ops: the functions that the blocks call in generation, with this mesh's sharding constraints.
       grad_fn: `(params, batch, control, key) -> Gradients`, sums over the global batch.
       eval_fn: `(params, batch) -> (loss_sum, weight_sum)`, without dropout.
+      notes: what was chosen for the run, a sentence each.
     """
 
     cfg: ModelConfig
@@ -62,6 +63,7 @@ class Program:
     ops: Ops
     grad_fn: Callable[[Tree, Batch, Control, jax.Array], Gradients]
     eval_fn: Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]
+    notes: tuple[str, ...] = ()
 
     def init(self, key) -> Tree:
         """Initial parameters, each shard made where it belongs; bitwise the same on every mesh."""
@@ -109,6 +111,9 @@ def build(
     tensor = TensorConfig() if tensor is None else tensor
     sizes = mesh_sizes(mesh)
     staged = sizes["stage"] > 1 if staged is None else staged
+    first = mesh.devices.flat[0]
+    on_host = sum(d.process_index == first.process_index for d in mesh.devices.flat)
+    sequence, note = settled(sequence, cfg, sizes, first.device_kind, on_host, rows=rows, length=length)
     used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor)
     tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
     param_shardings = shardings(tree, mesh, rules)
@@ -146,6 +151,7 @@ def build(
         ops=ops,
         grad_fn=grad_fn,
         eval_fn=lambda params, batch: loss(params, batch, None),
+        notes=(note,) if note else (),
     )
 
 
@@ -180,7 +186,9 @@ def checked(
     tensor.check(sizes, rows=at_a_time, length=length)
     if pipeline is not None:
         placement = (
-            straight(sizes["stage"]) if rows is None else table_for(pipeline, sizes, rules, rows, tensor).order.placement
+            straight(sizes["stage"])
+            if rows is None
+            else table_for(pipeline, sizes, rules, rows, tensor).order.placement
         )
         Split(cfg.layers, placement)
     return tree, rules

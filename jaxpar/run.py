@@ -219,8 +219,16 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
     rows = config.data.batch // config.step.accumulate
     program = build(
-        config.model, mesh, rows=rows, length=config.data.length, pipeline=config.pipeline, sequence=config.sequence
+        config.model,
+        mesh,
+        rows=rows,
+        length=config.data.length,
+        pipeline=config.pipeline,
+        sequence=config.sequence,
+        tensor=config.tensor,
     )
+    for note in program.notes:
+        say(note)
     tx = make(config.optimiser, program.specs, steps=config.steps)
     step = chain(make_step(program.grad_fn, tx), *transforms)
     if config.sample.tokens:

@@ -12,7 +12,9 @@ The collectives derive from the rules alone, so that they can be read before any
   all-reduce over the rest.
 - A kernel that sums over a dimension which stays ([H_tensor, K, D]: heads come before embed) leaves partial sums: an
   all-reduce of the activation [B, T, D] in the forward pass. One that spreads ([D, H_tensor, K]) does so in the
-  backward pass, once for all kernels that read the same input (XLA:CPU does not merge these: one for each kernel).
+  backward pass, once for all kernels that read the same input (XLA:CPU does not merge these: one for each kernel). Where
+  a run spreads the tokens between branches, it is a reduce-scatter and an all-gather instead, or the hops of a ring
+  (`jaxpar.parallel.tensor.cost`), and gradients of norms and biases are summed over `tensor` too.
 - A layer on `stage` is used where it lies, and nothing gathers it. What travels is [B, T, D]: each microbatch once to
   the next stage, and its gradient back.
 - Tokens on `sequence` need the keys and values of the others: these go round a ring, in the forward and again in the
@@ -36,6 +38,8 @@ from typing import Any
 from jaxpar.parallel.collectives import Collective, count
 from jaxpar.parallel.mesh import mesh_sizes, product
 from jaxpar.parallel.rules import Rules, itemsize, named
+from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
+from jaxpar.parallel.tensor.cost import sends
 
 Tree = Any
 LETTERS = {
@@ -88,6 +92,7 @@ def explain(
     rows: int | None = None,
     length: int | None = None,
     microbatches: int = 1,
+    tensor: TensorConfig = TensorConfig(),
     compute_dtype: str = "float32",
     optimiser: Tree | None = None,
     compiled: Any = None,
@@ -99,6 +104,7 @@ def explain(
       mesh: a Mesh, a MeshConfig, or a mapping `{axis: size}`.
       rows, length: the global batch, in rows and tokens; without them activation collectives are left out.
       microbatches: into how many a pipeline cuts these rows. Each hop is smaller the more there are; their sum is not.
+      tensor: how products over the tensor axis are computed.
       compute_dtype: the dtype in which weights are gathered and gradients summed.
       optimiser: the specs of the optimiser's state. None: two float32 moments for each parameter (AdamW).
       compiled: a compiled step (`jit(f).lower(...).compile()`) or its text: its collectives are counted.
@@ -106,11 +112,11 @@ def explain(
     sizes = mesh_sizes(mesh)
     leaves = list(named(specs))
     tied = not any(leaf.axes == ("embed", "vocabulary") for _, leaf in leaves)
-    by_name = {name: weight_collectives(name, leaf, rules, sizes, compute_dtype, tied) for name, leaf in leaves}
+    by_name = {name: weight_collectives(name, leaf, rules, sizes, compute_dtype, tied, tensor) for name, leaf in leaves}
     activations = []
     if rows is not None and length is not None:
         activations = [
-            *activation_collectives(leaves, rules, sizes, rows, length, compute_dtype, tied),
+            *activation_collectives(leaves, rules, sizes, rows, length, compute_dtype, tied, tensor),
             *ring_collectives(leaves, rules, sizes, rows, length, compute_dtype),
             *stage_collectives(leaves, rules, sizes, rows, length, compute_dtype, microbatches),
         ]
@@ -138,13 +144,17 @@ def explain(
     return Explanation(text, record)
 
 
-def weight_collectives(name: str, leaf, rules: Rules, sizes, dtype: str, tied: bool) -> list[Collective]:
+def weight_collectives(
+    name: str, leaf, rules: Rules, sizes, dtype: str, tied: bool, tensor: TensorConfig = TensorConfig()
+) -> list[Collective]:
     """What one parameter costs a step: gathers forward and backward, and the sum of its gradient over the batch."""
     stacked = bool(leaf.axes) and leaf.axes[0] == "layers"
     times = _layers(leaf, rules, sizes)
     element = itemsize(dtype) if len(leaf.shape) - stacked > 1 else itemsize(leaf.dtype)
     gathered, stay = _split(leaf, rules, sizes)
     batch = _batch_axes(rules, sizes)
+    if tensor.products != "whole" and sizes[TENSOR] > 1:
+        batch = (*batch, TENSOR)  # over which the tokens lie that a norm or a bias sees
     whole = math.prod(leaf.shape[stacked:]) * element // math.prod(sizes[a] for a in stay)
     part = whole // math.prod(sizes[a] for a in gathered)
     scatter = tuple(a for a in gathered if a in batch)
@@ -164,26 +174,34 @@ def weight_collectives(name: str, leaf, rules: Rules, sizes, dtype: str, tied: b
     return found
 
 
-def activation_collectives(leaves: list, rules: Rules, sizes, rows, length, dtype, tied: bool) -> list[Collective]:
-    """All-reduces of [B, T, D] around kernels with a dimension that stays sharded, forward and backward."""
+def activation_collectives(
+    leaves: list, rules: Rules, sizes, rows, length, dtype, tied: bool, tensor: TensorConfig = TensorConfig()
+) -> list[Collective]:
+    """Collectives of [B, T, D] around kernels with a dimension that stays sharded, forward and backward."""
     found: dict[tuple, Collective] = {}
+    parts = tensor.parts(sizes)
     for name, leaf in leaves:
         _, stay = _split(leaf, rules, sizes)
         if not stay or "embed" not in leaf.axes:
             continue
         width = leaf.axes.index("embed")
-        first = min(i for i, axis in enumerate(leaf.axes) if set(rules.mesh_axes(axis)) & set(stay))
-        nbytes = _tokens(rules, sizes, rows, length) * leaf.shape[width] * itemsize(dtype)
+        spreads = width < min(i for i, axis in enumerate(leaf.axes) if set(rules.mesh_axes(axis)) & set(stay))
+        numbers = _tokens(rules, sizes, rows, length) * leaf.shape[width]
         group = math.prod(sizes[a] for a in stay)
-        # Kernels side by side (query, key, value) read one input: their gradients are added up before they are summed.
-        module = "/".join(name.split("/")[:-2]) or name
-        passes = [("forward", name)] if first < width else [("backward", module)]
-        if tied and "vocabulary" in leaf.axes and first < width:
-            passes.append(("backward", f"{name} as the output projection"))
-        for which, where in passes:
-            key = (which, where, stay)
-            times = _layers(leaf, rules, sizes)
-            found[key] = Collective("all-reduce", stay, group, nbytes, times, f"{which} {where}")
+        # Kernels side by side (query, key, value) read one input, and their gradients are added up before they are summed.
+        where = ("/".join(name.split("/")[:-2]) or name) if spreads else name
+        in_layers = leaf.axes[0] == "layers"
+        uses = [(where, spreads)]
+        if tied and "vocabulary" in leaf.axes and not spreads:
+            uses.append((f"{name} as the output projection", True))
+        for where, spreads in uses:
+            for i, send in enumerate(sends(tensor, spreads=spreads, in_layers=in_layers)):
+                nbytes = numbers * itemsize("float32" if send.precise else dtype) // parts
+                times = parts * _layers(leaf, rules, sizes)
+                if send.op == "collective-permute":
+                    nbytes, times = nbytes // group, times * (group - 1)
+                what = f"{send.which} {where}"
+                found[what, i, stay] = Collective(send.op, stay, group, nbytes, times, what)
     return list(found.values())
 
 

@@ -1,6 +1,6 @@
 """Devices of TPU slices that are not there: programs compile for them on any machine, and cannot run.
 
-XLA's TPU compiler is in the `libtpu` package (extra `tpu-aot`). Only one process at a time may use it.
+XLA's TPU compiler is in the `libtpu` package (extra `tpu-aot`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,14 @@ import importlib.util
 import os
 import sys
 
-QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-"""libtpu asks a cloud's metadata server about the machine that it is on, unless it is told."""
+SETTINGS = {
+    # libtpu asks a cloud's metadata server about the machine that it is on, unless it is told.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # It locks the machine for one process, for the sake of chips that a compiler does not touch.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def installed() -> bool:
@@ -29,7 +35,7 @@ def tpu_devices(name: str) -> list:
     """
     if not installed():
         raise ValueError(f"compiling for {name} needs libtpu; install jaxpar[tpu-aot]")
-    for key, value in QUIET.items():
+    for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
     bridge = sys.modules.get("jax._src.xla_bridge")
     if bridge is None or not bridge.backends_are_initialized():
@@ -42,5 +48,7 @@ def tpu_devices(name: str) -> list:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except JaxRuntimeError as error:
-        why = str(error).partition("\n")[0].removeprefix("INVALID_ARGUMENT: ")
-        raise ValueError(f"topology {name!r} is none that libtpu knows; write for instance v5e:2x4 ({why})") from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"topology {name!r}: libtpu describes no such slice; write for instance v5e:2x4 ({why})"
+        ) from error

@@ -14,14 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from jaxpar.flops import peak
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
 from jaxpar.pallas_kernels.attention import MaskSpec
 from jaxpar.pallas_kernels.varying import varying
+from jaxpar.parallel.rules import itemsize
 from jaxpar.parallel.sequence.api import LOCAL, sequence_layout
+from jaxpar.parallel.sequence.choose import Workload
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.sequence.layouts import Layout
+from jaxpar.parallel.sequence.links import links_of
 from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
 
@@ -30,6 +34,54 @@ RING, EXCHANGE = "ring", "exchange"
 """The two axes that a hybrid makes of it."""
 PER_ROW = ("sample_ids",)
 """The fields of a batch that have no dimension of tokens."""
+
+
+def settled(
+    config: SequenceConfig,
+    cfg: ModelConfig,
+    sizes: Mapping[str, int],
+    device_kind: str,
+    on_host: int,
+    *,
+    rows: int | None,
+    length: int | None,
+) -> tuple[SequenceConfig, str]:
+    """The kind of attention of a run: the one that is named, or what the rule picks for these heads and links.
+
+    Args:
+      sizes: of the mesh.
+      on_host: devices of one host, of which the tensor axis takes the nearest.
+      rows: of a whole batch, of which each device of `data` and `fsdp` has a part. None: one row each.
+
+    Returns:
+      The configuration, and what was chosen and why, in a sentence (none where a kind is named, or one device has
+      whole rows).
+
+    Raises:
+      ValueError: `auto` without the length of a row.
+    """
+    devices = sizes[AXIS]
+    if config.attention != "auto":
+        return config, ""
+    if devices == 1:
+        return replace(config, attention="ring"), ""
+    if length is None:
+        raise ValueError(
+            "sequence.attention = 'auto' picks a kind by the length of a row: give `length`, or name a kind"
+        )
+    tensor = sizes["tensor"]
+    work = Workload(
+        length,
+        cfg.heads // tensor,
+        max(1, cfg.kv_heads // tensor),
+        cfg.head_size,
+        devices,
+        itemsize=itemsize(cfg.dtype),
+        batch=max(1, (rows or 1) // (sizes["data"] * sizes["fsdp"])),
+    )
+    inner = min(devices, max(1, on_host // tensor))
+    found, why = config.settled(work, links_of(device_kind, inner, devices, peak(device_kind)))
+    return found, f"sequence.attention = auto: {found.attention} ({why})"
 
 
 def by_hand(mesh: Mesh, config: SequenceConfig) -> tuple[Mesh, tuple[str, ...]]:
