@@ -1,4 +1,4 @@
-"""`jaxpar train | generate | explain | schedule | convert | tokenizer | doctor`.
+"""`jaxpar train | generate | explain | schedule | plan | convert | tokenizer | doctor`.
 
 Each command's options are the fields of a dataclass (`jaxpar.options`), and its work is done elsewhere. Nothing heavy is
 imported before it is known that it is needed: `jaxpar --help` does not import JAX.
@@ -53,6 +53,12 @@ def _schedule(argv: list[str]) -> int | None:
     return main(argv)
 
 
+def _plan(argv: list[str]) -> int | None:
+    from jaxpar.commands.plan import main
+
+    return main(argv)
+
+
 def _convert(argv: list[str]) -> int | None:
     from jaxpar.commands.convert import main
 
@@ -78,6 +84,7 @@ COMMANDS = {
         "show how a model is spread over a mesh, in bytes and collectives, before anything runs", _explain
     ),
     "schedule": Command("show a pipeline schedule, its bubble and its memory, and compare schedules", _schedule),
+    "plan": Command("plan SkipPipe's paths over machines with unlike links, against whole pipelines", _plan),
     "convert": Command("write a run's model, or a GGUF file, as a Hugging Face folder", _convert),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer),
     "doctor": Command("say what is installed, tested and missing", _doctor),

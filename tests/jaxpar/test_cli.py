@@ -13,6 +13,7 @@ from jaxpar import __version__, manifest, options
 from jaxpar.cli import COMMANDS, main
 from jaxpar.commands.convert import ConvertConfig
 from jaxpar.commands.generate import GenerateConfig
+from jaxpar.commands.plan import PlanConfig
 from jaxpar.commands.schedule import ScheduleConfig
 from jaxpar.commands.tokenizer import TokenizerConfig
 from jaxpar.presets import DEFAULT, PRESETS, tiny
@@ -90,6 +91,7 @@ def test_the_version(capsys):
         ("explain", tiny(), ("how many devices lie along each axis", "--compile")),
         ("generate", GenerateConfig(), ("the most tokens to add", "divides the logits")),
         ("schedule", ScheduleConfig(), ("devices along the pipeline", "or a .csv file of tasks")),
+        ("plan", PlanConfig(), ("pieces of the model", "or a .toml or .csv file")),
         ("convert", ConvertConfig(), ("new, or empty", "dtype")),
         ("tokenizer", TokenizerConfig(), ("number of token ids",)),
         ("doctor", None, ("what is installed",)),
@@ -288,6 +290,8 @@ def test_explain(capsys):
     out = capsys.readouterr().out
     assert "mesh: stage(2) × sequence(4) = 8 devices" in out
     assert "[L_stage, D, H, K]" in out
+    assert main(["explain", "tiny", "--mesh", "sequence=4", "--sequence.attention", "auto"]) == 0
+    assert "sequence.attention = auto: ulysses (exposed communication: ulysses" in capsys.readouterr().out
     assert main(["explain", "tiny", "--mesh", "sequence=3"]) == 2
     assert "does not divide over sequence(3)" in capsys.readouterr().err
     assert main(["explain", "tiny", "--mesh", "data=2,fsdp=2,tensor=2", "--compile"]) == 0
