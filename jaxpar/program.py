@@ -28,6 +28,7 @@ from jaxpar.parallel.sequence.choose import copies
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
 from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
+from jaxpar.programs.routes import over_routes
 from jaxpar.programs.sequence import layout_for, settled
 from jaxpar.programs.sequence import loss_fn as sequence_loss
 from jaxpar.programs.tensor import hand_specs, training_ops
@@ -50,7 +51,8 @@ class Program:
       batch_sharding: of arrays [B, T] and [B] of a batch.
       ops: the functions that the blocks call in generation, with this mesh's sharding constraints.
       grad_fn: `(params, batch, control, key) -> Gradients`, sums over the global batch.
-      eval_fn: `(params, batch) -> (loss_sum, weight_sum)`, without dropout.
+      eval_fn: `(params, batch, route=None) -> (loss_sum, weight_sum)`, without dropout: the whole model in order, or the
+        layers of a route.
       notes: what was chosen for the run, a sentence each.
     """
 
@@ -62,7 +64,7 @@ class Program:
     batch_sharding: Any
     ops: Ops
     grad_fn: Callable[[Tree, Batch, Control, jax.Array], Gradients]
-    eval_fn: Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]
+    eval_fn: Callable[..., tuple[jax.Array, jax.Array]]
     notes: tuple[str, ...] = ()
 
     def init(self, key) -> Tree:
@@ -135,7 +137,10 @@ def build(
         gradients = differentiated(loss)
 
     def grad_fn(params, batch: Batch, control: Control, key) -> Gradients:
-        loss_sum, weight_sum, grads = gradients(params, batch, key)
+        if control is not None and control.route is not None:
+            loss_sum, weight_sum, grads = over_routes(gradients, params, batch, key, control.route)
+        else:
+            loss_sum, weight_sum, grads = gradients(params, batch, key)
         if mesh.size > 1:
             # Gradients live where their parameters do, so that a sum over fsdp becomes a reduce-scatter.
             grads = jax.lax.with_sharding_constraint(grads, param_shardings)
@@ -150,7 +155,7 @@ def build(
         batch_sharding=batch_sharding(mesh, rules),
         ops=ops,
         grad_fn=grad_fn,
-        eval_fn=lambda params, batch: loss(params, batch, None),
+        eval_fn=lambda params, batch, route=None: loss(params, batch, None, route),
         notes=(note,) if note else (),
     )
 
@@ -195,10 +200,10 @@ def checked(
 
 
 def differentiated(loss: Loss):
-    """(params, batch, key) -> loss_sum, weight_sum and the gradient of loss_sum, by JAX."""
+    """(params, batch, key, route=None) -> loss_sum, weight_sum and the gradient of loss_sum, by JAX."""
 
-    def gradients(params: Tree, batch: Batch, key):
-        (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+    def gradients(params: Tree, batch: Batch, key, route=None):
+        (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key, route)
         return loss_sum, weight_sum, grads
 
     return gradients

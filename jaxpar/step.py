@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxpar.models.route import Route
+
 Tree = Any
 Metrics = dict[str, jax.Array]
 
@@ -56,11 +58,14 @@ class Control:
     Attributes:
       sample_weights: float32 [B], multiplies the loss weights of each row.
       learning_rate_scale: float32 [L], multiplies the updates of each layer of the stack.
+      route: leaves [M, ...]: the layers that each of M microbatches runs; row i of the batch belongs to microbatch i
+        mod M (see `jaxpar.models.route`).
       failed: bool [S], the stages that are lost at the start of this step (see `jaxpar.recovery.transform`).
     """
 
     sample_weights: jax.Array | None = None
     learning_rate_scale: jax.Array | None = None
+    route: Route | None = None
     failed: jax.Array | None = None
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxpar.models.cache import KVCache
+from jaxpar.models.route import Route
 from jaxpar.models.shards import Whole, cut
 from jaxpar.pallas_kernels.attention import attention
 
@@ -98,6 +99,7 @@ class Context:
         depend on how rows are spread. Needed where `key` is given.
       places: int32 [T], the place in its row of each token, which dropout folds in too: a device that holds a part of
         every row says here which. None: 0, 1, 2, ...
+      route: which layers run, see `Route`. None: all, in order.
       ops: the functions that the blocks call (static).
     """
 
@@ -107,6 +109,7 @@ class Context:
     key: jax.Array | None = None
     sample_ids: jax.Array | None = None
     places: jax.Array | None = None
+    route: Route | None = None
     ops: Ops = struct.field(pytree_node=False, default=Ops())
 
     def cut(self) -> list[Context]:

@@ -17,6 +17,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxpar.models import layers
@@ -25,6 +26,7 @@ from jaxpar.models.cache import KVCache
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops, dropout
 from jaxpar.models.loss import cross_entropy
+from jaxpar.models.route import Route
 from jaxpar.models.shards import cut, join
 from jaxpar.models.spec import Normal, ParamSpec
 
@@ -109,13 +111,14 @@ def embed(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context):
 
 
 def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) -> tuple[Any, Aux]:
-    """Run a contiguous slice of the stack.
+    """Run a slice of the stack: contiguous, or the layers of a route (`ctx.route`, see `through`).
 
     Args:
       stacked: the layers' parameters, each [n, ...]: all of `params["layers"]` or a slice of it.
       state: what `embed` or the layers before gave.
       ctx: `ctx.cache`, where given, holds these n layers.
-      first_layer: the index of the first of them in the whole model; may be traced (a pipeline stage).
+      first_layer: the index of the first of them in the whole model; may be traced (a pipeline stage). Where
+        `ctx.route` names n layers, they are those instead.
 
     Returns:
       The state after the last of them, and `Aux`.
@@ -124,28 +127,49 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
     contexts = ctx.cut()
     states = (state,) if len(contexts) == 1 else state
     tables = [layers.tables(cfg, *part) for part in zip(states, contexts, strict=True)]
-    kinds_n = layers.kinds_of(cfg, first_layer, n)
+    route = Route() if ctx.route is None else ctx.route
+    # NumPy where the numbers are known, so that what differs between layers is picked when traced.
+    known = isinstance(first_layer, int | np.integer)
+    layers_n = (np if known else jnp).arange(n) + first_layer if route.layers is None else route.layers
+    kinds_n = layers.kinds_of(cfg, layers_n)
     pages = None if ctx.cache is None else (ctx.cache.k, ctx.cache.v)
 
-    def layer(kind, params, state, pages, i):
-        run = lambda state, ctx, tables: layers.block(cfg, params, state, pages, ctx, tables, first_layer + i, i, kind)
+    def layer(kind, params, state, pages, number, i):
+        run = lambda state, ctx, tables: layers.block(cfg, params, state, pages, ctx, tables, number, i, kind)
         if len(contexts) == 1:
             return run(state, ctx, *tables)
         # Side by side in one layer: no part waits for what another sends.
         return tuple(run(*part)[0] for part in zip(state, contexts, tables, strict=True)), pages
 
+    def one(kind, params, state, pages, number, i, keep, scale):
+        run = partial(layers.remat(cfg, partial(layer, kind)), params)
+        new, new_pages = layers.perhaps(keep, run, state, pages, number, i)
+        return layers.scaled(scale, state, new), new_pages
+
     if cfg.layer_loop == "unroll":
+        at = lambda x, i: None if x is None else x[i]
         for i, params in enumerate(layers.unstack(stacked)):
-            state, pages = layers.remat(cfg, partial(layer, kinds_n[i]))(params, state, pages, i)
+            own = layers_n[i], i, at(route.keep, i), at(route.scale, i)
+            state, pages = one(kinds_n[i], params, state, pages, *own)
     else:
 
         def body(carry, xs):
-            params, i, kind = xs
-            return layers.remat(cfg, partial(layer, kind))(params, *carry, i), None
+            params, kind, *own = xs
+            return one(kind, params, *carry, *own), None
 
-        (state, pages), _ = jax.lax.scan(body, (state, pages), (stacked, jnp.arange(n), jnp.asarray(kinds_n)))
+        xs = (stacked, jnp.asarray(kinds_n), jnp.asarray(layers_n), jnp.arange(n), route.keep, route.scale)
+        (state, pages), _ = jax.lax.scan(body, (state, pages), xs)
     cache = None if pages is None else ctx.cache.replace(k=pages[0], v=pages[1])
     return state, Aux(cache=cache)
+
+
+def through(cfg: ModelConfig, params: Tree, state, ctx: Context) -> tuple[Any, Aux]:
+    """The whole stack, or the layers of the context's route, as `blocks`."""
+    stacked = params["layers"]
+    if ctx.route is not None and ctx.route.layers is not None:
+        # Once for all of them, so that the gradient of the stack is written once too.
+        stacked = jax.tree.map(lambda x: x[ctx.route.layers], stacked)
+    return blocks(cfg, stacked, state, ctx)
 
 
 def unembedding(cfg: ModelConfig, params: Tree):
@@ -198,7 +222,7 @@ def apply(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context | None = None
     """The whole decoder: int32 tokens [B, T] -> `Output`."""
     ctx = Context() if ctx is None else ctx
     state = embed(cfg, params, tokens_BxT, ctx)
-    state, aux = blocks(cfg, params["layers"], state, ctx)
+    state, aux = through(cfg, params, state, ctx)
     return Output(head(cfg, params, state, ctx), aux)
 
 
@@ -206,7 +230,7 @@ def loss(cfg: ModelConfig, params: Tree, tokens_BxT, targets_BxT, weights_BxT=No
     """The summed next-token loss of a batch: `LossSums`."""
     ctx = Context() if ctx is None else ctx
     state = embed(cfg, params, tokens_BxT, ctx)
-    state, _ = blocks(cfg, params["layers"], state, ctx)
+    state, _ = through(cfg, params, state, ctx)
     return head(cfg, params, state, ctx, targets_BxT, weights_BxT)
 
 

@@ -65,13 +65,11 @@ def kinds(cfg: ModelConfig) -> list[bool]:
     return list(dict.fromkeys(cfg.slides(layer) for layer in range(cfg.layers)))
 
 
-def kinds_of(cfg: ModelConfig, first_layer, n: int):
-    """The kind of each of n layers from `first_layer` on: NumPy where that is known, traced where it is not."""
+def kinds_of(cfg: ModelConfig, layers_n):
+    """The kind of each of n layers: NumPy where their numbers are, traced where those are."""
     distinct = kinds(cfg)
     all_L = np.array([distinct.index(cfg.slides(layer)) for layer in range(cfg.layers)], np.int32)
-    if isinstance(first_layer, int | np.integer):
-        return all_L[first_layer : first_layer + n]
-    return jax.lax.dynamic_slice_in_dim(jnp.asarray(all_L), first_layer, n)
+    return all_L[layers_n] if isinstance(layers_n, np.ndarray) else jnp.asarray(all_L)[layers_n]
 
 
 @struct.dataclass
@@ -177,6 +175,20 @@ def block(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
     state, pages = branch("attention", 1, lambda p, x: attention_branch(cfg, p, x, pages, ctx, tables, i, kind), state)
     state, _ = branch("feedforward", 2, lambda p, x: (cfg.feedforward.apply(cfg, p, x, ctx.ops), None), state)
     return state, pages
+
+
+def perhaps(keep, run, state, pages, *args):
+    """`run(state, pages, *args)` where `keep` holds (or is None), else state and pages as they are, at no cost."""
+    if keep is None:
+        return run(state, pages, *args)
+    return jax.lax.cond(keep, lambda state, pages: run(state, pages, *args), lambda *same: same, state, pages)
+
+
+def scaled(scale, state, new):
+    """The state with what a layer added times `scale`. None: as it is."""
+    if scale is None:
+        return new
+    return jax.tree.map(lambda a, b: a + (scale * (b - a)).astype(a.dtype), state, new)
 
 
 def remat(cfg: ModelConfig, run):

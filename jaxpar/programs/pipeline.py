@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
+from jaxpar.models.route import Route
 from jaxpar.parallel.pipeline import autodiff, execute
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.pipeline.split import Split
@@ -92,8 +93,13 @@ class PipelineProgram:
 
     # -- the two functions -----------------------------------------------------------------------------------------------
 
-    def gradients(self, params: Tree, batch: Batch, key) -> tuple[jax.Array, jax.Array, Tree]:
-        """loss_sum, weight_sum and the gradient of loss_sum, placed as the parameters are."""
+    def gradients(self, params: Tree, batch: Batch, key, route: Route | None = None) -> tuple:
+        """loss_sum, weight_sum and the gradient of loss_sum, placed as the parameters are.
+
+        Raises:
+          ValueError: a route: here the schedule says which stages a microbatch visits.
+        """
+        refuse(route)
         table = self.table(batch.tokens.shape[0])
         oracle = self.pipeline.executor == "autodiff"
 
@@ -119,8 +125,9 @@ class PipelineProgram:
         grads = {**d_shared, LAYERS: self.collect(d_layers, split)}
         return loss, jnp.sum(batch.weights.astype(jnp.float32)), grads
 
-    def loss(self, params: Tree, batch: Batch, key) -> tuple[jax.Array, jax.Array]:
+    def loss(self, params: Tree, batch: Batch, key, route: Route | None = None) -> tuple[jax.Array, jax.Array]:
         """loss_sum and weight_sum: forwards only, stage after stage."""
+        refuse(route)
         split = self.split(straight(self.sizes[STAGE]))
         rows = batch.tokens.shape[0] // math.prod(self.sizes[a] for a in self.rows)
         m = microbatches(replace(self.pipeline, microbatches=None), self.tensor, self.sizes, rows)
@@ -244,6 +251,15 @@ class PipelineProgram:
             for axis in (row,) if isinstance(row, str) else row or ():
                 if axis not in (STAGE, TENSOR):
                     yield dimension, axis
+
+
+def refuse(route: Route | None) -> None:
+    if route is not None:
+        raise ValueError(
+            "in a pipeline the schedule says which stages a microbatch visits, and here a route says it too; set "
+            "pipeline.schedule to skippipe, checkfree+ or a .csv file, or build the program with staged=False, which runs "
+            "stages one after the other"
+        )
 
 
 def table_for(

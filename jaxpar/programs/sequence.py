@@ -18,6 +18,7 @@ from jaxpar.flops import peak
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
+from jaxpar.models.route import Route
 from jaxpar.pallas_kernels.attention import MaskSpec
 from jaxpar.pallas_kernels.varying import varying
 from jaxpar.parallel.rules import itemsize
@@ -157,23 +158,24 @@ def loss_fn(
     ops = replace(ops, attention=local_attention(config, tokens))
     param_specs = params
 
-    def loss(params: Any, batch: Batch, key):
+    def loss(params: Any, batch: Batch, key, route: Route | None = None):
         layout = layout_for(config, dict(mesh.shape), batch.tokens.shape[1])
         places = jnp.asarray(layout.positions)
 
-        def local(params, batch, places, key):
+        def local(params, batch, places, key, route):
             params = jax.tree.map(lambda x: varying(x, axes), params)
-            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key), axes)
+            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key, route), axes)
 
-        specs = (param_specs, batch_specs((), tokens), PartitionSpec(tokens), PartitionSpec())
+        specs = (param_specs, batch_specs((), tokens), PartitionSpec(tokens), PartitionSpec(), PartitionSpec())
         whole = jax.shard_map(local, mesh=inside, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))
-        return whole(params, arranged(layout, batch), places, key)
+        return whole(params, arranged(layout, batch), places, key, route)
 
     return loss
 
 
-def local_loss(cfg: ModelConfig, ops: Ops, params, batch: Batch, places, key):
+def local_loss(cfg: ModelConfig, ops: Ops, params, batch: Batch, places, key, route: Route | None = None):
     """The sums of a device's own tokens."""
-    ctx = Context(batch.positions, batch.segments, key=key, sample_ids=batch.sample_ids, places=places, ops=ops)
+    tokens = dict(positions=batch.positions, segments=batch.segments, sample_ids=batch.sample_ids, places=places)
+    ctx = Context(**tokens, key=key, route=route, ops=ops)
     sums = decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, ctx)
     return sums.loss_sum, sums.weight_sum

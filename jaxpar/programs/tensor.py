@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Ops
+from jaxpar.models.route import Route
 from jaxpar.pallas_kernels.varying import varying
 from jaxpar.parallel.rules import Rules, constrain
 from jaxpar.parallel.tensor.by_hand import ByHand
@@ -53,16 +54,16 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, specs: Tree, rules: Rules) -
     Differentiable from outside: gradients of what each device holds whole are summed over the axis once, at the end.
     """
 
-    def loss(params: Tree, batch: Batch, key):
+    def loss(params: Tree, batch: Batch, key, route: Route | None = None):
         places = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
 
-        def local(params, batch, places, key):
+        def local(params, batch, places, key, route):
             params = jax.tree.map(lambda x: varying(x, (TENSOR,)), params)
-            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key), TENSOR)
+            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key, route), TENSOR)
 
         nowhere = PartitionSpec()
-        inputs = (hand_specs(specs, rules, (TENSOR,)), nowhere, nowhere, nowhere)
+        inputs = (hand_specs(specs, rules, (TENSOR,)), nowhere, nowhere, nowhere, nowhere)
         run = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=nowhere, axis_names={TENSOR})
-        return run(params, batch, places, key)
+        return run(params, batch, places, key, route)
 
     return loss

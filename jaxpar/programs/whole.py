@@ -10,18 +10,19 @@ import jax
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
+from jaxpar.models.route import Route
 from jaxpar.step import Batch
 
 Tree = Any
-Loss = Callable[[Tree, Batch, Any], tuple[jax.Array, jax.Array]]
-"""(params, batch, key or None) -> loss_sum, weight_sum."""
+Loss = Callable[..., tuple[jax.Array, jax.Array]]
+"""(params, batch, key or None, route=None) -> loss_sum, weight_sum."""
 
 
 def loss_fn(cfg: ModelConfig, ops: Ops) -> Loss:
     """The loss of a whole batch."""
 
-    def loss(params: Tree, batch: Batch, key):
-        ctx = Context(batch.positions, batch.segments, key=key, sample_ids=batch.sample_ids, ops=ops)
+    def loss(params: Tree, batch: Batch, key, route: Route | None = None):
+        ctx = Context(batch.positions, batch.segments, key=key, sample_ids=batch.sample_ids, route=route, ops=ops)
         sums = decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, ctx)
         return sums.loss_sum, sums.weight_sum
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-
 from jaxpar.errors import UserError
+from jaxpar.microbatches import dealt, summed
 from jaxpar.step import Batch, Control, Gradients, Step, StepTransform, TrainState
 
 
@@ -36,23 +34,11 @@ def accumulate(microbatches: int) -> StepTransform:
                 )
             control = Control() if control is None else control
 
-            # Row i goes to microbatch i mod k: rows that lie on one device stay there.
-            def split(x):
-                return jnp.moveaxis(x.reshape(rows // microbatches, microbatches, *x.shape[1:]), 1, 0)
-
-            weights = control.sample_weights
-            parts = (jax.tree.map(split, batch), None if weights is None else split(weights))
-
             def one(part):
                 batch, weights = part
                 return step.gradients(state, batch, control.replace(sample_weights=weights))
 
-            def body(total, part):
-                return jax.tree.map(jnp.add, total, one(part)), None
-
-            shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            return jax.lax.scan(body, zero, parts)[0]
+            return summed(one, dealt((batch, control.sample_weights), microbatches))
 
         return replace(step, gradients=gradients)
 

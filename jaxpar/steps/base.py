@@ -45,7 +45,7 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation) -> Step:
         mean = gradients.mean()
         updates, opt_state = tx.update(mean, state.opt_state, state.params)
         if control is not None and control.learning_rate_scale is not None:
-            updates = {**updates, LAYERS: jax.tree.map(_scaled(control.learning_rate_scale), updates[LAYERS])}
+            updates = {**updates, LAYERS: jax.tree.map(scaled(control.learning_rate_scale), updates[LAYERS])}
         params = optax.apply_updates(state.params, updates)
         weight = jnp.maximum(gradients.weight_sum, jnp.finfo(jnp.float32).tiny)
         metrics = {
@@ -59,5 +59,6 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation) -> Step:
     return Step(init, prepare, gradients, apply)
 
 
-def _scaled(scale_L):
+def scaled(scale_L):
+    """x [L, ...] -> x times each layer's scale."""
     return lambda u: u * scale_L.reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)

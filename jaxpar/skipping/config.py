@@ -1,0 +1,6 @@
+"""The skipping strategies that a run can choose from. Free of JAX at import."""
+
+from jaxpar.skipping.chance import LayerDrop, ProgressiveLayerDrop, StochasticDepth
+from jaxpar.skipping.paths import SkipPaths, SwapEnds
+
+AnySkipping = LayerDrop | StochasticDepth | ProgressiveLayerDrop | SkipPaths | SwapEnds
