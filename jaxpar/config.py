@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.sampling import Sampler
+from jaxpar.skipping.config import AnySkipping
 from jaxpar.steps.config import ClipPerStage, StepConfig
 
 
@@ -90,6 +92,8 @@ class RunConfig:
         axis may take the rest; without this option, data does.
       pipeline: how microbatches pass through the stages of a mesh with stage > 1.
       sequence: how attention works on a mesh with sequence > 1.
+      skipping: which layers a microbatch leaves out. None: it runs them all. On a mesh with stage > 1 stages then run one
+        after the other, without a pipeline.
       tensor: how products work on a mesh with tensor > 1.
       fake_devices: pretend that the CPU is this many devices. None: the real ones.
       distributed: several processes.
@@ -117,6 +121,7 @@ class RunConfig:
     pipeline: PipelineConfig = PipelineConfig()
     sequence: SequenceConfig = SequenceConfig()
     tensor: TensorConfig = TensorConfig()
+    skipping: AnySkipping | None = None
     fake_devices: int | None = None
     distributed: DistributedConfig = DistributedConfig()
     evaluate_every: int | None = 100
@@ -168,6 +173,34 @@ class RunConfig:
 
     def replace(self, **changes: Any) -> RunConfig:
         return replace(self, **changes)
+
+    @property
+    def rows(self) -> int:
+        """Rows whose gradients are made at once: a batch over the parts of an accumulation."""
+        return self.data.batch // self.step.accumulate
+
+    def staged(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a mesh of these sizes runs a pipeline: where it has stages, unless microbatches take routes."""
+        return sizes["stage"] > 1 and self.skipping is None
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """What only the mesh's sizes tell.
+
+        Raises:
+          UserError: skipping that does not suit the model or the batch.
+        """
+        if self.skipping is not None:
+            self.skipping.check(self.model.layers, self.rows, sizes["data"] * sizes["fsdp"])
+
+    def transforms(self) -> tuple:
+        """What is wrapped around the step, innermost first: routes are outside of accumulation, whose parts take the same
+        ones, and inside of what judges gradients."""
+        accumulation, *rest = self.step.transforms()
+        if self.skipping is None:
+            return (accumulation, *rest)
+        from jaxpar.skipping.transform import skipping
+
+        return (accumulation, skipping(self.skipping, self.model.layers), *rest)
 
 
 def same_run(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jaxpar.data.config import vocabulary_of
 from jaxpar.models.spec import abstract
 from jaxpar.optimisers import make
 from jaxpar.parallel.explain import explain
-from jaxpar.parallel.mesh import MeshConfig
+from jaxpar.parallel.mesh import MeshConfig, mesh_sizes
 from jaxpar.parallel.topology import tpu_devices
 from jaxpar.program import checked
 from jaxpar.programs.pipeline import microbatches
@@ -30,11 +30,12 @@ def explain_run(config: RunConfig, *, compiled: bool = False, topology: str | No
       UserError, ValueError: a mesh that does not divide the model or the batch.
     """
     cfg = config.model.replace(vocabulary=vocabulary_of(config.data))
-    rows = config.data.batch // config.step.accumulate
+    rows = config.rows
     if topology is not None:
         config = config.replace(mesh=config.mesh.fit(len(tpu_devices(topology))), fake_devices=None)
     mesh = settled(config)
-    staged = mesh.stage > 1
+    config.check(mesh.sizes)
+    staged = config.staged(mesh.sizes)
     # Before anything else asks for a device: it may have to make fake ones.
     made = lower_step(config, cfg, topology).compile() if compiled or topology else None
     sequence, note = config.sequence, ""
@@ -89,17 +90,17 @@ def lower_step(config: RunConfig, cfg, topology: str | None = None):
     # Programs for devices that are not there cannot be read back from disk.
     start(fake_devices=config.fake_devices, compile_cache=config.compile_cache and topology is None)
     mesh = make_mesh(config.mesh, None if topology is None else tpu_devices(topology))
-    rows = config.data.batch // config.step.accumulate
     program = build(
         cfg,
         mesh,
-        rows=rows,
+        rows=config.rows,
         length=config.data.length,
         pipeline=config.pipeline,
         sequence=config.sequence,
         tensor=config.tensor,
+        staged=config.staged(mesh_sizes(mesh)),
     )
     tx = make(config.optimiser, program.specs, steps=config.steps)
-    step = chain(make_step(program.grad_fn, tx), *config.step.transforms())
+    step = chain(make_step(program.grad_fn, tx), *config.transforms())
     state = abstract_state(step, program, jax.random.key(0))
     return lower(step, program, state, config.data.batch, config.data.length)

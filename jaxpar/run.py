@@ -21,7 +21,7 @@ from jaxpar.data.pipeline import Pipeline
 from jaxpar.errors import UserError
 from jaxpar.generation import check_prompts
 from jaxpar.optimisers import make
-from jaxpar.parallel.mesh import make_mesh
+from jaxpar.parallel.mesh import make_mesh, mesh_sizes
 from jaxpar.program import Program, build
 from jaxpar.report.plots import loss_plot
 from jaxpar.report.progress import Progress
@@ -214,18 +214,19 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     main = jax.process_index() == 0
     say = say if main else (lambda text: None)
     mesh = make_mesh(config.mesh)
-    transforms = config.step.transforms()
+    config.check(mesh_sizes(mesh))
+    transforms = config.transforms()
     pipeline = Pipeline(config.data, say)
     config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
-    rows = config.data.batch // config.step.accumulate
     program = build(
         config.model,
         mesh,
-        rows=rows,
+        rows=config.rows,
         length=config.data.length,
         pipeline=config.pipeline,
         sequence=config.sequence,
         tensor=config.tensor,
+        staged=config.staged(mesh_sizes(mesh)),
     )
     for note in program.notes:
         say(note)

@@ -26,6 +26,9 @@ class Fixed(Skipping):
       stages: S.
     """
 
+    least: ClassVar[int] = 2
+    """The fewest stages that make sense."""
+
     microbatches: int = 4
     stages: int = 4
 
@@ -36,10 +39,12 @@ class Fixed(Skipping):
     def check(self, layers: int, rows: int, devices: int = 1) -> None:
         super().check(layers, rows, devices)
         if layers % self.stages:
-            near = min((d for d in range(1, layers + 1) if layers % d == 0), key=lambda d: abs(d - self.stages))
+            fitting = [d for d in range(self.least, layers + 1) if layers % d == 0]
+            near = min(fitting, key=lambda d: abs(d - self.stages), default=None)
             raise UserError(
                 f"{self.name}'s stages = {self.stages} do not divide the model's {layers} layers, and stages that take "
-                f"each other's place in a path must be equal; nearest that works: {near}"
+                f"each other's place in a path must be equal; "
+                + (f"nearest that works: {near}" if near else f"give the model a multiple of {self.stages} layers")
             )
 
     def route(self, step, key, layers: int) -> Any:
@@ -125,12 +130,13 @@ class SwapEnds(Fixed):
     """
 
     name: ClassVar[str] = "swap-ends"
+    least: ClassVar[int] = 4
 
     microbatches: int = 2
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stages < 4:
+        if self.stages < self.least:
             raise UserError(
                 f"{self.name}'s stages = {self.stages} are too few to swap the first two and the last two; give at least 4"
             )

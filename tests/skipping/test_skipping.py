@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpar import options
 from jaxpar.errors import UserError
 from jaxpar.experiments.parity.compare import LLAMA, OPTIMISER, ROWS, STEPS, batch_of
 from jaxpar.optimisers import make
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
+from jaxpar.presets import tiny
 from jaxpar.program import build
 from jaxpar.skipping.chance import LayerDrop, ProgressiveLayerDrop, StochasticDepth
 from jaxpar.skipping.paths import SkipPaths, SwapEnds
@@ -176,6 +178,7 @@ def test_routes_on_meshes_are_those_of_one_device(name, mesh, devices):
             lambda: SkipPaths(4, stages=3).check(8, 8),
             "stages = 3 do not divide the model's 8 layers.*nearest that works: 2",
         ),
+        (lambda: SwapEnds(stages=4).check(2, 8), "give the model a multiple of 4 layers"),
         (lambda: LayerDrop(3).check(4, 8), "8 rows do not divide into layer-drop's microbatches = 3.*nearest: 9"),
         (lambda: LayerDrop(4).check(4, 8, 4), "on each of 4 devices; choose a multiple of 16 rows"),
         (lambda: LayerDrop(0), "microbatches = 0 must be at least 1"),
@@ -184,6 +187,20 @@ def test_routes_on_meshes_are_those_of_one_device(name, mesh, devices):
 def test_bad_input_is_one_sentence(make_it, sentence):
     with pytest.raises(UserError, match=sentence):
         make_it()
+
+
+@pytest.mark.quick
+def test_a_run_takes_a_strategy_by_name():
+    """`jaxpar train tiny --skipping layerdrop --skipping.rate 0.5`."""
+    words = ["--skipping", "layerdrop", "--skipping.rate", "0.5", "--skipping.microbatches", "2"]
+    config = options.parse(tiny(), words, prog="jaxpar train")
+    assert config.skipping == LayerDrop(2, rate=0.5)
+    assert not config.staged({"stage": 2})
+    assert tiny().staged({"stage": 2})
+    assert len(config.transforms()) == len(tiny().transforms()) + 1
+    paths = options.parse(tiny(), ["--skipping", "skip_paths"], prog="jaxpar train")
+    with pytest.raises(UserError, match="stages = 4 do not divide the model's 2 layers"):
+        paths.check({"data": 1, "fsdp": 1})
 
 
 def test_a_pipeline_refuses_routes(devices):
