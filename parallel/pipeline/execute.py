@@ -11,6 +11,10 @@ column of the table. Three executors run the same actions:
 
 Buffers are as large as the table says, so memory does not grow with the number of microbatches. Inside a loop's body
 writers stand before readers (`segments`), or XLA copies whole buffers in every turn.
+
+What the table says of all devices and all turns of a loop is no data: a chunk's number, that no device idles, that each
+is the path's last. Such columns are constants of the program (`constants`), and what hangs on them is neither sliced nor
+chosen. A value that every device reads in the turn of the loop that made it has no buffer (`passed_on`).
 """
 
 from __future__ import annotations
@@ -22,12 +26,13 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxpar.pallas_kernels.varying import varying
 from jaxpar.parallel.pipeline.branches import permutes
 from jaxpar.parallel.pipeline.pullback import pullback
-from jaxpar.parallel.pipeline.segments import segments
+from jaxpar.parallel.pipeline.segments import Segment, constants, passed_on, segments
 from jaxpar.parallel.pipeline.table import Table
 from jaxpar.parallel.pipeline.tasks import Kind
 
@@ -53,7 +58,8 @@ class Parts:
 
 @struct.dataclass
 class Carry:
-    """What goes from tick to tick on a device. Buffers are lists of arrays [slots + 1, ...]."""
+    """What goes from tick to tick on a device. Buffers are lists of arrays [slots + 1, ...]; of what is passed on within
+    a turn of the loop, the values themselves, and nothing between turns."""
 
     input: list
     residual: list
@@ -128,6 +134,7 @@ class _Program:
     axis: str
     axes: frozenset[str]
     fixed: dict = field(default_factory=dict)
+    passed: frozenset[str] = frozenset()
 
     def everywhere(self, tree: Tree) -> Tree:
         """Cast to differ over every manual axis, so that no gradient is summed before the end."""
@@ -141,22 +148,22 @@ class _Program:
         column = lambda x: jax.lax.dynamic_index_in_dim(jnp.asarray(x), device, x.ndim - 1, keepdims=False)
         rows = {name: column(x) for name, x in table.columns().items()}
         self.fixed = {"shared": shared, "layers": layers, "pieces": pieces, "micros": micros}
+        loops = segments(table.row_kind) if executor == "static" else (Segment(0, (Kind.IDLE,), table.length),)
+        self.passed = passed_on(table, loops) if executor == "static" else frozenset()
         carry = self.start()
-        match executor:
-            case "static":
-                for segment in segments(table.row_kind):
-                    shape = (segment.repeats, len(segment.pattern))
-                    part = {k: x[segment.start : segment.stop].reshape(*shape, *x.shape[1:]) for k, x in rows.items()}
-                    carry, _ = jax.lax.scan(partial(self.static_body, segment.pattern), carry, part)
-            case "switch":
-                carry, _ = jax.lax.scan(lambda c, row: (self.mixed_tick(c, row, table.shifts), None), carry, rows)
-            case _:
-                for t in range(table.length):
-                    row = {k: x[t] for k, x in rows.items()}
-                    if table.row_kind is None:
-                        carry = self.mixed_tick(carry, row, table.shifts_at(t))
-                    else:
-                        carry = self.static_tick(Kind(int(table.row_kind[t])), carry, row)
+        if executor == "unroll":
+            for t in range(table.length):
+                row = {k: x[t] for k, x in rows.items()} | constants(table, Segment(t, (Kind.IDLE,), 1))[0]
+                if table.row_kind is None:
+                    carry = self.mixed_tick(carry, row, table.shifts_at(t))
+                else:
+                    carry = self.static_tick(Kind(int(table.row_kind[t])), carry, row)
+        else:
+            for loop in loops:
+                shape = (loop.repeats, len(loop.pattern))
+                part = {k: x[loop.start : loop.stop].reshape(*shape, *x.shape[1:]) for k, x in rows.items()}
+                turn = self.static_turn if executor == "static" else self.mixed_turn
+                carry, _ = jax.lax.scan(partial(turn, loop.pattern, constants(table, loop)), carry, part)
         return carry.loss, carry.d_shared, carry.d_layers
 
     def start(self) -> Carry:
@@ -175,8 +182,12 @@ class _Program:
                 f"over mesh axis {', '.join(sorted(over))}: the numbers would be wrong; compile the table with "
                 "ticks='one-kind'"
             )
-        self.stage = pullback(middle, layers, x, (piece, micro))
         splits = bool((self.table.kind == Kind.BI).any())
+        # What lies in no buffer need not be small: it stays whole, as where JAX differentiates.
+        kept_in_buffers = (self.table.keep == "residuals" and "residual" not in self.passed) or (
+            splits and "weight" not in self.passed
+        )
+        self.stage = pullback(middle, layers, x, (piece, micro), thin=kept_in_buffers)
 
         def shapes(layers, x, aux):
             kept = self.stage.forward(layers, x, aux)[1]
@@ -184,7 +195,12 @@ class _Program:
 
         kept, for_weights = jax.eval_shape(shapes, layers, x, (piece, micro))
         slots = self.table.slots
-        buffer = lambda name, shapes: [self.everywhere(jnp.zeros((slots[name] + 1, *s.shape), s.dtype)) for s in shapes]
+
+        def buffer(name, shapes):
+            if name in self.passed:
+                return []
+            return [self.everywhere(jnp.zeros((slots[name] + 1, *s.shape), s.dtype)) for s in shapes]
+
         states = jax.tree.leaves(x)
         zeros = lambda tree: self.everywhere(jax.tree.map(jnp.zeros_like, tree))
         return Carry(
@@ -207,11 +223,24 @@ class _Program:
 
     def entering(self, carry: Carry, row, micro):
         """The state that the row's stage starts from."""
+        begins = row["first"] > 0
+        if _never(begins):
+            return self.unflat(self.read(carry, "input", row))
         first = self.parts.first(self.fixed["shared"], micro)
-        held = self.unflat(_read(carry.input, row["input"]))
-        return self.everywhere(
-            jax.tree.map(lambda a, b: jnp.where(row["first"] > 0, a, b.astype(a.dtype)), first, held)
-        )
+        if _always(begins):
+            return self.everywhere(first)
+        held = self.unflat(self.read(carry, "input", row))
+        return self.everywhere(jax.tree.map(lambda a, b: jnp.where(begins, a, b.astype(a.dtype)), first, held))
+
+    def read(self, carry: Carry, name: str, row) -> list:
+        """The row's slot of a buffer, or what was made in this turn."""
+        held = getattr(carry, name)
+        return held if name in self.passed else [_get(row[name], b) for b in held]
+
+    def write(self, carry: Carry, name: str, slot, values: list) -> Carry:
+        if name not in self.passed:
+            values = [_put(slot, b, v) for b, v in zip(getattr(carry, name), values, strict=True)]
+        return carry.replace(**{name: values})
 
     def unflat(self, leaves: list):
         return jax.tree.unflatten(self.state, leaves)
@@ -224,7 +253,7 @@ class _Program:
         x = self.entering(carry, row, micro)
         y, kept = self.stage.forward(layers, x, (piece, micro))
         if self.table.keep == "residuals":
-            carry = carry.replace(residual=_write(carry.residual, row["residual"], kept))
+            carry = self.write(carry, "residual", row["residual"], kept)
 
         def with_loss(loss, d_shared, y):
             found, (more, dy) = jax.value_and_grad(self.parts.last, argnums=(0, 1))(self.fixed["shared"], y, micro)
@@ -234,25 +263,25 @@ class _Program:
             return self.everywhere((loss, d_shared, jax.tree.map(jnp.zeros_like, y)))
 
         ends = (row["last"] > 0) & active
-        loss, d_shared, dy = jax.lax.cond(ends, with_loss, without, carry.loss, carry.d_shared, y)
+        loss, d_shared, dy = _cond(ends, with_loss, without, carry.loss, carry.d_shared, y)
         # Anywhere but at the end of the path this slot is the dustbin.
-        gradient = _write(carry.gradient, row["gradient"], jax.tree.leaves(dy))
-        return carry.replace(loss=loss, d_shared=d_shared, gradient=gradient), y
+        carry = self.write(carry, "gradient", row["gradient"], jax.tree.leaves(dy))
+        return carry.replace(loss=loss, d_shared=d_shared), y
 
     def kept(self, carry: Carry, row, micro, layers, piece):
         """What the backward pass reads: held since F, or made again from the stage's input."""
         if self.table.keep == "residuals":
-            return _read(carry.residual, row["residual"])
+            return self.read(carry, "residual", row)
         return self.stage.forward(layers, self.entering(carry, row, micro), (piece, micro))[1]
 
     def backward(self, split: bool, carry: Carry, row, active):
         micro = self.micro(row)
         layers, piece = self.chunk(row["chunk"])
         kept = self.kept(carry, row, micro, layers, piece)
-        dy = self.unflat(_read(carry.gradient, row["gradient"]))
+        dy = self.unflat(self.read(carry, "gradient", row))
         if split:
             dx, for_weights = self.stage.pull_input(layers, (piece, micro), kept, dy)
-            carry = carry.replace(weight=_write(carry.weight, row["weight"], for_weights))
+            carry = self.write(carry, "weight", row["weight"], for_weights)
         else:
             d_layers, dx = self.stage.pull(layers, (piece, micro), kept, dy)
             carry = self.accumulate(carry, row, active, d_layers)
@@ -263,17 +292,17 @@ class _Program:
             return self.everywhere(_add(d_shared, pull(dx)[0]))
 
         begins = (row["first"] > 0) & active
-        return carry.replace(d_shared=jax.lax.cond(begins, embedding, self.everywhere, carry.d_shared)), dx
+        return carry.replace(d_shared=_cond(begins, embedding, self.everywhere, carry.d_shared)), dx
 
     def weights(self, carry: Carry, row, active):
         layers, piece = self.chunk(row["chunk"])
-        d_layers = self.stage.pull_weights(layers, (piece, self.micro(row)), _read(carry.weight, row["weight"]))
+        d_layers = self.stage.pull_weights(layers, (piece, self.micro(row)), self.read(carry, "weight", row))
         return self.accumulate(carry, row, active, d_layers), self.x
 
     def accumulate(self, carry: Carry, row, active, d_layers) -> Carry:
         def add(total, more):
             # A device that idles has computed nonsense: chosen away, not multiplied by zero, which would keep a NaN.
-            more = jnp.where(active, more, 0).astype(total.dtype)
+            more = (more if _always(active) else jnp.where(active, more, 0)).astype(total.dtype)
             return _put(row["chunk"], total, _get(row["chunk"], total) + more)
 
         return carry.replace(d_layers=jax.tree.map(add, carry.d_layers, d_layers))
@@ -288,10 +317,13 @@ class _Program:
 
     # -- ticks -----------------------------------------------------------------------------------------------------------
 
-    def static_body(self, pattern, carry: Carry, rows):
+    def static_turn(self, pattern, known, carry: Carry, rows):
         for i, kind in enumerate(pattern):
-            carry = self.static_tick(kind, carry, {name: x[i] for name, x in rows.items()})
-        return carry, None
+            carry = self.static_tick(kind, carry, {name: x[i] for name, x in rows.items()} | known[i])
+        return carry.replace(**{name: [] for name in self.passed}), None
+
+    def mixed_turn(self, pattern, known, carry: Carry, rows):
+        return self.mixed_tick(carry, {name: x[0] for name, x in rows.items()} | known[0], self.table.shifts), None
 
     def static_tick(self, kind: Kind, carry: Carry, row) -> Carry:
         carry, message = self.action(kind)(carry, row, row["kind"] == kind)
@@ -320,9 +352,9 @@ class _Program:
             got = [pass_on(x) for x in jax.tree.leaves(message)]
             at = self.table.shifts.index(shift)
             if inputs:
-                carry = carry.replace(input=_write(carry.input, row["receive_input"][at], got))
+                carry = self.write(carry, "input", row["receive_input"][at], got)
             if gradients:
-                carry = carry.replace(gradient=_write(carry.gradient, row["receive_gradient"][at], got))
+                carry = self.write(carry, "gradient", row["receive_gradient"][at], got)
         return carry
 
 
@@ -334,12 +366,20 @@ def _put(i, x, value):
     return jax.lax.dynamic_update_index_in_dim(x, value.astype(x.dtype), i, 0)
 
 
-def _read(buffers: list, slot) -> list:
-    return [_get(slot, b) for b in buffers]
+def _always(x) -> bool:
+    """Known to be true while tracing."""
+    return isinstance(x, (bool, np.bool_)) and bool(x)
 
 
-def _write(buffers: list, slot, values: list) -> list:
-    return [_put(slot, b, v) for b, v in zip(buffers, values, strict=True)]
+def _never(x) -> bool:
+    return isinstance(x, (bool, np.bool_)) and not x
+
+
+def _cond(choice, then: Callable, otherwise: Callable, *operands):
+    """`jax.lax.cond`, without a branch where the choice is known."""
+    if _always(choice) or _never(choice):
+        return (then if choice else otherwise)(*operands)
+    return jax.lax.cond(choice, then, otherwise, *operands)
 
 
 def _add(total: Tree, more: Tree) -> Tree:

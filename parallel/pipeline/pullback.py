@@ -42,9 +42,10 @@ class Pullback:
     products: Callable[[], dict[str, int]]
 
 
-def pullback(f: Callable, params: Tree, x: Tree, aux: Tree) -> Pullback:
+def pullback(f: Callable, params: Tree, x: Tree, aux: Tree, *, thin: bool = True) -> Pullback:
     """Trace `f(params, x, aux) -> y` and cut it. Arguments may be abstract: their shapes and types count.
 
+    With `thin = False` all that the backward pass reads is kept, as `jax.vjp` does: for values that lie in no buffer.
     Kept values are lists of arrays; their shapes are those of `jax.eval_shape(result.forward, params, x, aux)[1]`.
     """
     shapes: dict[str, Any] = {}
@@ -61,10 +62,13 @@ def pullback(f: Callable, params: Tree, x: Tree, aux: Tree) -> Pullback:
     inputs = traced.jaxpr.invars
     y_out, residuals = traced.jaxpr.outvars[:n_y], traced.jaxpr.outvars[n_y:]
     from_x = depends(traced.jaxpr, inputs[n_params : n_params + n_x])
-    is_kept = lambda v: is_variable(v) and v in from_x
-    kept_vars = thinned(traced.jaxpr, list(dict.fromkeys(filter(is_kept, residuals))), from_x)
-    again_vars = list(dict.fromkeys(v for v in residuals if is_variable(v) and v not in from_x))
-    cheap_vars = [v for v in dict.fromkeys(filter(is_kept, residuals)) if v not in set(kept_vars)]
+    is_kept = lambda v: is_variable(v) and (v in from_x or not thin)
+    kept_vars = list(dict.fromkeys(filter(is_kept, residuals)))
+    cheap_vars: list = []
+    if thin:
+        all_vars, kept_vars = kept_vars, thinned(traced.jaxpr, kept_vars, from_x)
+        cheap_vars = [v for v in all_vars if v not in set(kept_vars)]
+    again_vars = list(dict.fromkeys(v for v in residuals if is_variable(v) and not is_kept(v)))
     given = inputs[:n_params] + inputs[n_params + n_x :]
     run_forward = part(traced, [*y_out, *kept_vars], inputs)
     run_again = part(traced, again_vars, given)
