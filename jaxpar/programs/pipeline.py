@@ -70,9 +70,11 @@ class PipelineProgram:
 
     @cached_property
     def by_hand(self) -> tuple[str, ...]:
-        """The axes of the `shard_map`. Those of size 1 among them cost nothing."""
+        """The axes of the `shard_map`: of several devices, and stage. A gather or a sum over an axis of one device would
+        be a copy of every parameter, in a layout of its own."""
         hand = self.tensor.by_hand(self.sizes)
-        return tuple(a for a in self.inside[0].axis_names if hand or a != TENSOR)
+        wanted = lambda axis, size: axis == STAGE or (size > 1 and (hand or axis != TENSOR))
+        return tuple(a for a, size in self.inside[0].shape.items() if wanted(a, size))
 
     @cached_property
     def spread(self) -> tuple[str, ...]:
@@ -146,7 +148,8 @@ class PipelineProgram:
         """`local` on every device, by hand over the axes of `by_hand`."""
         shared_specs, layer_specs = self.param_specs()
         mesh, tokens = self.inside
-        batch = batch_specs(self.rows, tokens)
+        rows, tokens = (tuple(a for a in axes if a in self.by_hand) for axes in (self.rows, tokens))
+        batch = batch_specs(rows, tokens)
         in_specs = (shared_specs, layer_specs, batch, PartitionSpec(tokens), PartitionSpec())
         return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.by_hand))
 
