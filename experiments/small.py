@@ -79,10 +79,18 @@ class Runs:
     def _stretch(self):
         n = self.texts.train.tokens.shape[0]
 
-        def one(state, control):
+        def batch_at(state):
             number = state.data_position // self.texts.rows % n
-            batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), self.texts.train)
-            return self.step.update(state, batch, control)
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, 0, keepdims=False), self.texts.train)
+
+        def one(state, control):
+            before = {}
+            if control.failed is not None:
+                # First what was lost: a strategy that goes back asks for another batch then.
+                state, before = self.step.prepare(state, batch_at(state), control)
+                control = control.replace(failed=None)
+            state, metrics = self.step.update(state, batch_at(state), control)
+            return state, {**before, **metrics, "step": state.step}
 
         return jax.jit(lambda state, controls: jax.lax.scan(one, state, controls), donate_argnums=0)
 

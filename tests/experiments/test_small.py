@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.experiments.checkfree import compare
 from jaxpar.experiments.skippipe import training
 from jaxpar.experiments.small import Runs, controls, texts
 from jaxpar.models.config import ModelConfig
@@ -60,3 +61,36 @@ def test_training_with_skipped_stages_writes_its_tables(tmp_path, capsys):
     assert "| without 2 |" in (tmp_path / "training.md").read_text()
     assert (tmp_path / "training.png").stat().st_size > 1000
     assert "| whole |" in capsys.readouterr().out
+
+
+def test_strategies_on_the_same_failures_write_their_tables(tmp_path, capsys):
+    """A snapshot goes back and does its batches again: fewer steps in as many iterations, by the closed form's formula."""
+    line = ["--width", "16", "--length", "16", "--rows", "4", "--iterations", "20", "--rates", "0.1", "--seeds", "1"]
+    found = compare.main([*line, "--only", "no failure", "snapshot every 5", "--out", str(tmp_path)])
+    runs = {run["entry"]: run for run in found["runs"].values()}
+    assert set(runs) == {"no failure", "snapshot every 5", "no failure, swaps"}
+    assert runs["no failure"]["steps"][-1] == 20
+    back = runs["snapshot every 5"]
+    assert back["failures"] > 0
+    assert back["steps"][-1] < 20
+    # What is behind a rollback is the run without failures.
+    at = back["steps"][-1] // 2 - 1
+    assert back["steps"][-1] % 2 or back["held_out"][-1] == runs["no failure"]["held_out"][at]
+    assert (
+        "no failure, swaps, stage 0 from 1"
+        in json.loads((tmp_path / "compare.json").read_text())["edge_copies"]["seed 0"]
+    )
+    assert "snapshot every 5" in (tmp_path / "compare.md").read_text()
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+    assert "swap tax" in capsys.readouterr().out
+
+
+def test_the_closed_form_by_simulation():
+    rate, every = 0.02, 10
+    draw = np.random.default_rng(0)
+    done = iterations = 0
+    while done < 20000:
+        lost = draw.random() < 1 - (1 - rate) ** 4
+        iterations += 1
+        done = done // every * every if lost else done + 1
+    assert abs(iterations / done - compare.factor(rate, every)) < 0.05

@@ -1,0 +1,1 @@
+"""Losing stages in training: CheckFree and what it must be compared with, on the same failures (`compare`)."""
