@@ -1,4 +1,5 @@
-"""The parity matrix: every factorisation of the devices, every kind of sequence attention, every schedule, beside one device.
+"""The parity matrix: every factorisation of the devices, every kind of sequence attention, every schedule, every form of
+products over the tensor axis, beside one device.
 
 Command:   python -m jaxpar.experiments.parity.matrix                       (8 fake devices, models llama, gpt2, gemma)
            python -m jaxpar.experiments.parity.matrix --devices 16 --models llama
@@ -24,12 +25,15 @@ from pathlib import Path
 from jaxpar.parallel.mesh import AXES, MeshConfig, factorisations, fake_devices
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.parallel.tensor.config import TensorConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ATTENTIONS = ("ring", "ring_bidirectional", "tokenring", "rsa", "ulysses", "hybrid")
 LAYOUTS = ("contiguous", "striped", "zigzag")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v")
 HOWS = (("one-kind", "inputs"), ("one-kind", "residuals"), ("mixed", "inputs"), ("mixed", "residuals"))
+PRODUCTS = ("sharded", "gathered", "ring", "weave")
+"""Beside "whole", which all other cases have."""
 
 
 def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfig, dict]]:
@@ -50,6 +54,18 @@ def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfi
             for ticks, keep in HOWS:
                 how = PipelineConfig(schedule, 4, ticks=ticks, keep=keep)
                 yield f"llama: {mesh}, {schedule}, {ticks}, {keep}", "llama", mesh, {"pipeline": how}
+    for text, used in (
+        (f"data={devices // 4},fsdp=2,tensor=2", models),
+        (f"data={devices // 8},stage=2,fsdp=2,tensor=2", models),
+        (f"data={devices // 8},fsdp=2,sequence=2,tensor=2", ["llama"]),
+        (f"data={devices // 8},stage=2,sequence=2,tensor=2", ["llama"]),
+        (f"data={devices // 8},stage=2,tensor=4", ["llama"]),
+        (f"data={devices // 8},tensor=8", ["llama"]),
+    ):
+        mesh = MeshConfig.parse(text)
+        for model in used:
+            for products in PRODUCTS:
+                yield f"{model}: {mesh}, products {products}", model, mesh, {"tensor": TensorConfig(products)}
 
 
 def run_case(model: str, mesh: MeshConfig, how: dict) -> dict:

@@ -9,7 +9,7 @@ from jaxpar.models.norms import RMSNorm
 from jaxpar.parallel.mesh import AXES, MeshConfig
 
 
-def test_the_cases_are_every_factorisation_kind_and_schedule():
+def test_the_cases_are_every_factorisation_kind_schedule_and_form_of_products():
     found = list(matrix.cases(8, ["llama", "gpt2", "gemma"]))
     names = [name for name, *_ in found]
     assert len(set(names)) == len(names)
@@ -18,6 +18,12 @@ def test_the_cases_are_every_factorisation_kind_and_schedule():
     assert {tuple(mesh.sizes) for mesh in meshes} == {AXES}
     assert all(f"{kind}, {layout}" in " ".join(names) for kind in matrix.ATTENTIONS for layout in matrix.LAYOUTS)
     assert all(f", {schedule}, " in " ".join(names) for schedule in matrix.SCHEDULES)
+    assert all(
+        f"{model}: {mesh}, products {how}" in names
+        for model in ("llama", "gpt2", "gemma")
+        for mesh in ("data(2) × fsdp(2) × tensor(2)", "stage(2) × fsdp(2) × tensor(2)")
+        for how in matrix.PRODUCTS
+    )
 
 
 def test_a_case_that_is_equal_one_that_is_not_and_one_that_cannot_be(devices, monkeypatch):
