@@ -5,7 +5,9 @@ Command:   python -m jaxpar.experiments.bench.parallel                  (all par
 Expected:  about ten minutes on two CPU cores; a table for each part, a plot, and results/parallel.json.
 
     overhead   seconds of a step through the pipeline's executor on one device, over those of the same microbatches
-               accumulated without it, paired in rounds. Goal: below 1.03.
+               accumulated without it, paired in rounds. Goal: below 1.03, over a step that computes the same: one that
+               remakes a stage as a whole makes each layer's last product again too, which one that remakes layer by
+               layer does not (`inputs, over remat by layer` says what that costs).
     compile    seconds to trace and compile 1F1B of 16 stages and 64 microbatches, over those of GPipe differentiated by
                JAX. Goal: below 3.
     ticks      lock-step seconds over the ideal m·(F + B), for each schedule, in its better form (nothing runs).
@@ -52,8 +54,31 @@ def batch(rows: int, length: int, vocabulary: int):
     return Batch(tokens[:, :-1], tokens[:, 1:], ones, places, ones.astype(np.int32), np.arange(rows, dtype=np.int32))
 
 
-def gradients(cfg, mesh_text: str, microbatches: int, rows: int, length: int, pipeline=None, sequence=None):
-    """(function, arguments) of the gradients of a batch on a mesh; without a pipeline, accumulated over microbatches."""
+def remade_by_stage(cfg):
+    """A step's `grad_fn` that keeps what enters the layers and makes all of them again for the backward pass."""
+    import jax
+
+    from jaxpar.models import decoder
+    from jaxpar.models.context import Context
+    from jaxpar.step import Gradients
+
+    def loss(params, batch, key):
+        ctx = Context(batch.positions, batch.segments, key=key, sample_ids=batch.sample_ids)
+        stage = jax.checkpoint(lambda layers, state: decoder.blocks(cfg, layers, state, ctx)[0])
+        state = stage(params["layers"], decoder.embed(cfg, params, batch.tokens, ctx))
+        sums = decoder.head(cfg, params, state, ctx, batch.targets, batch.weights)
+        return sums.loss_sum, sums.weight_sum
+
+    def grad_fn(params, batch, control, key):
+        (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        return Gradients(loss_sum, weight_sum, grads)
+
+    return grad_fn
+
+
+def gradients(cfg, mesh_text: str, microbatches: int, rows: int, length: int, pipeline=None, sequence=None, how=None):
+    """(function, arguments) of the gradients of a batch on a mesh; without a pipeline, accumulated over microbatches.
+    `how`: a `grad_fn` in place of the program's own."""
     import jax
 
     from jaxpar.optimisers import make
@@ -69,7 +94,7 @@ def gradients(cfg, mesh_text: str, microbatches: int, rows: int, length: int, pi
     program = build(
         cfg, mesh, rows=rows // parts, length=length, pipeline=pipeline, sequence=sequence, staged=pipeline is not None
     )
-    step = chain(make_step(program.grad_fn, make(SGD(), program.specs, steps=1)), accumulate(parts))
+    step = chain(make_step(how or program.grad_fn, make(SGD(), program.specs, steps=1)), accumulate(parts))
     params = program.init(jax.random.key(0))
     state = jax.jit(step.init)(params, jax.random.key(1))
     data = jax.device_put(batch(rows, length, cfg.vocabulary), program.batch_sharding)
@@ -82,23 +107,32 @@ def overhead() -> dict:
 
     from jaxpar.parallel.pipeline.config import PipelineConfig
 
+    cfg = model(4, 256, layer_loop="unroll")
+    by_layer = model(4, 256, layer_loop="unroll", remat="full")
+    size = ("", 4, 16, 128)
     found = {}
-    for keep, remat in (("residuals", "none"), ("inputs", "full")):
-        # Rematerialisation by stage is compared with rematerialisation by layer.
-        plain = gradients(model(4, 256, layer_loop="unroll", remat=remat), "", 4, 16, 128)
-        pipes = PipelineConfig("1f1b", 4, keep=keep)
-        piped = gradients(model(4, 256, layer_loop="unroll"), "", 4, 16, 128, pipes)
-        runs = [(f.lower(*args).compile(), args) for f, args in (plain, piped)]
-        for f, args in runs:
-            jax.block_until_ready(f(*args))
-        seconds: list[list[float]] = [[], []]
-        for _ in range(ROUNDS):
-            for (f, args), times in zip(runs, seconds, strict=True):
+    for keep, plains in (
+        ("residuals", {"residuals": gradients(cfg, *size)}),
+        (
+            "inputs",
+            {
+                "inputs": gradients(cfg, *size, how=remade_by_stage(cfg)),
+                "inputs, over remat by layer": gradients(by_layer, *size),
+            },
+        ),
+    ):
+        piped = gradients(cfg, *size, PipelineConfig("1f1b", size[1], keep=keep))
+        runs = {name: (f.lower(*args).compile(), args) for name, (f, args) in {**plains, "piped": piped}.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for round_ in range(ROUNDS + 1):
+            # Every other round the other way around, and the first to warm up.
+            for name, (f, args) in list(runs.items())[:: 1 - round_ % 2 * 2]:
                 start = time.perf_counter()
                 jax.block_until_ready(f(*args))
-                times.append(time.perf_counter() - start)
-        ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-        found[keep] = {"ratio": ratio, "plain_s": statistics.median(seconds[0]), "rounds": ROUNDS}
+                seconds[name] += [time.perf_counter() - start] if round_ else []
+        for name in plains:
+            ratio = statistics.median(b / a for a, b in zip(seconds[name], seconds["piped"], strict=True))
+            found[name] = {"ratio": ratio, "plain_s": statistics.median(seconds[name]), "rounds": ROUNDS}
     return found
 
 

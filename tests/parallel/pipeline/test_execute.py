@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpar.parallel.pipeline import autodiff
-from jaxpar.parallel.pipeline.branches import divergent_permutes, permutes
+from jaxpar.parallel.pipeline.branches import divergent_permutes, inner_jaxprs, permutes
 from jaxpar.parallel.pipeline.execute import Parts, executor_for, gradients
 from jaxpar.parallel.pipeline.orders import make
 from jaxpar.parallel.pipeline.table import compile_table
@@ -112,6 +112,29 @@ def test_every_schedule_gives_the_gradients_of_the_plain_model(name, stages, m, 
     table = compile_table(make(name, stages, m, chunks), ticks, keep)
     assert ticks == "mixed" or executor_for(table) == "static"
     assert_plain(table)
+
+
+@pytest.mark.parametrize(("name", "stages", "m"), [("1f1b", 1, 4), ("zb-h1", 1, 4), ("1f1b", 2, 4)])
+def test_loops_that_keep_residuals_are_the_same(name, stages, m, devices):
+    """With one stage everything is passed on within a turn, with two nothing is."""
+    assert_plain(compile_table(make(name, stages, m), "one-kind", "residuals"))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
+def test_one_stage_is_a_loop_without_branches_and_buffers(name, devices):
+    def program(stages):
+        table = compile_table(make(name, stages, 4), "one-kind", "residuals")
+        return jax.make_jaxpr(piped(table, "static"))(*inputs(stages, 4)).jaxpr
+
+    def equations(jaxpr, primitive):
+        inner = [e for eqn in jaxpr.eqns for sub in inner_jaxprs(eqn) for e in equations(sub, primitive)]
+        return [e for e in jaxpr.eqns if e.primitive.name == primitive] + inner
+
+    one, two = program(1), program(2)
+    assert not equations(one, "cond")
+    assert equations(two, "cond"), "only some devices have the loss there"
+    [loop] = equations(one, "scan")
+    assert loop.params["num_carry"] == 4, "the loss, and the gradients of three parameters"
 
 
 @pytest.mark.parametrize(("name", "ticks"), [("1f1b", "one-kind"), ("zb-h1", "mixed")])

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxpar.parallel.pipeline import orders
-from jaxpar.parallel.pipeline.segments import segments
+from jaxpar.parallel.pipeline.segments import PASSED, constants, passed_on, segments
 from jaxpar.parallel.pipeline.table import BUFFERS, assign_ticks, colour, compile_table
 from jaxpar.parallel.pipeline.tasks import Kind, Order, Placement, Task
 from jaxpar.parallel.pipeline.validate import find_cycle, validate_order, validate_table
@@ -132,6 +132,59 @@ def test_many_ticks_are_few_segments():
     table = compile_table(orders.one_f_one_b(16, 64, "double"), "one-kind")
     assert len(segments(table.row_kind)) == 3
     assert sum(len(s.pattern) for s in segments(table.row_kind)) == 4
+
+
+def test_constants_are_what_all_turns_and_devices_have():
+    for order in (orders.one_f_one_b(1, 4), orders.one_f_one_b(4, 8, "double"), orders.make("zb-h1", 3, 5)):
+        table = compile_table(order, "one-kind")
+        for loop in segments(table.row_kind):
+            for i, known in enumerate(constants(table, loop)):
+                for name, column in table.columns().items():
+                    values = [
+                        column[loop.start + turn * len(loop.pattern) + i, ..., device].tolist()
+                        for turn in range(loop.repeats)
+                        for device in range(table.devices)
+                    ]
+                    same = all(v == values[0] for v in values)
+                    assert same == (name in known)
+                    assert not same or known[name].tolist() == values[0]
+
+
+def read_where_they_were_made(table, loops, buffer) -> bool:
+    """Replayed: whether each device, which holds no more than what its last action of a kind that writes made in this
+    turn, finds there what the next that reads is about."""
+    writers, readers = PASSED[buffer]
+    for loop in loops:
+        for turn in range(loop.repeats):
+            for device in range(table.devices):
+                held = None
+                for i, kind in enumerate(loop.pattern):
+                    task = table.action(loop.start + turn * len(loop.pattern) + i, device)
+                    if kind in readers and task is not None and held != (task.stage, task.microbatch):
+                        return False
+                    if kind in writers:
+                        held = None if task is None else (task.stage, task.microbatch)
+    return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_order(devices=4, microbatches=5), KEEP)
+def test_what_is_passed_on_is_read_where_it_was_made(order, keep):
+    table = compile_table(order, "one-kind", keep)
+    loops = segments(table.row_kind)
+    expected = {buffer for buffer in PASSED if read_where_they_were_made(table, loops, buffer)}
+    received = (table.receive_gradient < table.slots["gradient"]).any()
+    assert passed_on(table, loops) == expected - ({"gradient"} if received else set())
+
+
+def test_one_stage_passes_everything_on_and_four_their_weight_gradients_at_most():
+    def passed(name, stages):
+        table = compile_table(orders.make(name, stages, 6), "one-kind")
+        return passed_on(table, segments(table.row_kind))
+
+    assert passed("1f1b", 1) == passed("zb-h1", 1) == set(PASSED)
+    assert passed("gpipe", 1) == passed("1f1b", 4) == {"weight"}, "nothing is split there"
+    assert passed("zb-h1", 4) == set()
 
 
 # -- mutants of orders ---------------------------------------------------------------------------------------------------

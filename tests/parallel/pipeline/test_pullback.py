@@ -47,6 +47,18 @@ def test_whole_and_split_backward_passes_are_jax_vjp(stage):
     close(jax.jit(pieces.pull_weights)(layers, aux, for_weights), d_layers)
 
 
+def test_what_lies_in_no_buffer_is_kept_whole(stage):
+    f, layers, x, aux, _ = stage
+    pieces = pullback(f, layers, x, aux, thin=False)
+    dy = jax.random.normal(jax.random.key(2), x.shape)
+    kept = jax.jit(pieces.forward)(layers, x, aux)[1]
+    d_layers, dx = jax.jit(lambda dy: jax.vjp(lambda p, x: f(p, x, aux), layers, x)[1](dy))(dy)
+    close(jax.jit(pieces.pull)(layers, aux, kept, dy), (d_layers, dx))
+    # All of it: weights and inputs that differ do not change what the backward pass reads.
+    nothing = jax.tree.map(jnp.zeros_like, (layers, aux))
+    close(jax.jit(pieces.pull)(*nothing, kept, dy), (d_layers, dx))
+
+
 def test_the_two_halves_do_the_work_of_the_whole(stage):
     """Every matrix product of the backward pass is in exactly one half, and both have some."""
     whole, first, second = (stage[-1].products()[name] for name in ("B", "BI", "BW"))
