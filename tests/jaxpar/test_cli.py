@@ -16,6 +16,7 @@ from jaxpar.commands.generate import GenerateConfig
 from jaxpar.commands.plan import PlanConfig
 from jaxpar.commands.schedule import ScheduleConfig
 from jaxpar.commands.tokenizer import TokenizerConfig
+from jaxpar.parallel.topology import installed
 from jaxpar.presets import DEFAULT, PRESETS, tiny
 from jaxpar.report.finish import same
 from jaxpar.report.writers import read_lines
@@ -292,6 +293,11 @@ def test_explain(capsys):
     assert "[L_stage, D, H, K]" in out
     assert main(["explain", "tiny", "--mesh", "sequence=4", "--sequence.attention", "auto"]) == 0
     assert "sequence.attention = auto: ulysses (exposed communication: ulysses" in capsys.readouterr().out
+    assert main(["explain", "tiny", "--topology"]) == 2
+    assert "write for instance --topology v5e:2x4" in capsys.readouterr().err
+    if not installed():
+        assert main(["explain", "tiny", "--topology", "v5e:2x4"]) == 2
+        assert "needs libtpu; install jaxpar[tpu-aot]" in capsys.readouterr().err
     assert main(["explain", "tiny", "--mesh", "sequence=3"]) == 2
     assert "does not divide over sequence(3)" in capsys.readouterr().err
     assert main(["explain", "tiny", "--mesh", "data=2,fsdp=2,tensor=2", "--compile"]) == 0
