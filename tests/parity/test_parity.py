@@ -28,6 +28,7 @@ from jaxpar.optimisers import make
 from jaxpar.parallel.mesh import AXES, MeshConfig, factorisations, make_mesh
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.program import build
 from jaxpar.state import abstract_state
 from jaxpar.steps.base import make_step
@@ -105,6 +106,27 @@ def test_every_kind_of_sequence_attention(attention, layout, mesh, devices):
 )
 def test_every_schedule(pipeline, mesh, devices):
     assert_equal(run(LLAMA, MESH(mesh), pipeline=pipeline), reference("llama"))
+
+
+@pytest.mark.parametrize(
+    ("products", "model", "mesh"),
+    [
+        ("sharded", "llama", "data=2,fsdp=2,tensor=2"),
+        ("gathered", "llama", "data=2,fsdp=2,tensor=2"),
+        ("ring", "llama", "data=2,fsdp=2,tensor=2"),
+        ("weave", "llama", "data=2,fsdp=2,tensor=2"),
+        ("ring", "llama", "tensor=4"),
+        ("gathered", "gpt2", "data=2,tensor=2"),
+        ("ring", "windows, dropout, untied", "fsdp=2,tensor=2"),
+        ("weave", "windows, dropout, untied", "fsdp=2,tensor=2"),
+        ("ring", "gpt2", "stage=2,tensor=2"),
+        ("weave", "llama", "stage=2,tensor=2"),
+        ("ring", "llama", "sequence=2,tensor=2"),
+    ],
+)
+def test_every_form_of_products_over_the_tensor_axis(products, model, mesh, devices):
+    """Tokens whole on every device (one all-reduce a branch) is the default."""
+    assert_equal(run(MODELS[model], MESH(mesh), tensor=TensorConfig(products)), reference(model))
 
 
 @pytest.mark.parametrize("stages", [2, 3])
