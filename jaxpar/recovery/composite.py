@@ -40,7 +40,7 @@ class Composite(Recovery):
     then: Then = CheckpointRollback()
 
     def __post_init__(self):
-        if any(isinstance(member, ReplicaPeer) for member in self._members):
+        if any(isinstance(member, ReplicaPeer) for member in self._members.values()):
             raise UserError(
                 "a composite cannot hold replica-peer: its failures leave a living replica, and nothing falls through"
             )

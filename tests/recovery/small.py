@@ -10,9 +10,11 @@ from jaxpar.models.spec import Normal, ParamSpec, init
 from jaxpar.optimisers import make
 from jaxpar.optimisers_config import AdamW, WarmupCosine
 from jaxpar.recovery.base import Stages
-from jaxpar.recovery.transform import RECOVERY, recovering
+from jaxpar.recovery.transform import RECOVERY, recovering, repair
 from jaxpar.step import Batch, Control, Gradients, chain
 from jaxpar.steps.base import make_step
+from jaxpar.steps.ema import ema
+from tests.steps.tiny import numbers
 
 LAYERS, WIDTH, WORDS, ROWS, LENGTH = 6, 4, 10, 8, 5
 SPECS = {
@@ -24,7 +26,7 @@ SPECS = {
     },
     "head": {"kernel": ParamSpec((WIDTH, WORDS), ("embed", "vocabulary"), Normal(0.5))},
 }
-RATE = 0.01
+RATE, DECAY = 0.01, 0.9
 
 
 def logits(params, tokens):
@@ -94,3 +96,54 @@ def model_of(state):
     """All but the recovery's own slot."""
     slots = {name: slot for name, slot in state.slots.items() if name != RECOVERY}
     return state.replace(slots=slots)
+
+
+@functools.cache
+def _trained():
+    return train(chain(bare(), ema(DECAY)), 5)
+
+
+def trained(strategy, stages: int = 6):
+    """A state after 5 healthy steps, with an average of its parameters, and the slot of a strategy."""
+    state = jax.tree.map(jnp.copy, _trained())
+    kept = strategy.persistent(state, here(stages))
+    return state.add_slot(RECOVERY, {"failures": jnp.int32(0), "replayed": jnp.int32(0), "of": kept})
+
+
+def here(stages: int = 6) -> Stages:
+    step = chain(bare(), ema(DECAY))
+    return Stages(stages, SPECS, ema_decay=DECAY, init=lambda params: step.init(params, jax.random.key(0)))
+
+
+@functools.cache
+def repairing(strategy, stages: int = 6):
+    """(state, failed) -> (state, Report), compiled once a strategy."""
+    return jax.jit(lambda state, failed_S: repair(strategy, here(stages), state, failed_S))
+
+
+def rows_of(state, stage: int, *, ends: bool = False, stages: int = 6):
+    """What stage `stage` holds, found by names alone: {path: (array, the slice that is the stage's)}."""
+    each = LAYERS // stages
+    found = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(numbers(model_of(state)))[0]:
+        name = jax.tree_util.keystr(path)
+        if "layers" in name or ".stacked" in name:
+            assert x.shape[0] == LAYERS, name
+            found[name] = (x, slice(stage * each, (stage + 1) * each))
+        elif ends and (("embedding" in name and stage == 0) or ("head" in name and stage == stages - 1)):
+            found[name] = (x, slice(None))
+    return found
+
+
+def scrambled(state, stage: int, *, ends: bool = False, stages: int = 6):
+    """The same state with other numbers in all that a stage holds."""
+    names = rows_of(state, stage, ends=ends, stages=stages)
+
+    def one(path, x):
+        name = jax.tree_util.keystr(path)
+        if name not in names:
+            return x
+        where = names[name][1]
+        return x.at[where].set((x[where] * 3 + 7).astype(x.dtype))
+
+    return jax.tree_util.tree_map_with_path(one, state)
