@@ -182,13 +182,12 @@ def checked(
     tree = decoder.spec(cfg)
     rules = stage_rules(Rules() if rules is None else rules, cfg.layers, sizes)
     check(tree, sizes, rules, rows=rows, activations={} if length is None else {"length": length})
-    if length is not None:
+    if length is not None and sizes["sequence"] > 1:
         layout_for(sequence, sizes, length)
     copies(cfg.heads, cfg.kv_heads, sequence.exchanging(sizes["sequence"]), "mesh axis sequence")
-    at_a_time = None
-    if rows is not None and pipeline is None:
-        at_a_time = rows // math.prod(sizes[a] for a in rules.mesh_axes("batch", "activations"))
-    tensor.check(sizes, rows=at_a_time, length=length)
+    over = math.prod(sizes[a] for a in rules.mesh_axes("batch", "activations"))
+    at_a_time = rows // over if rows is not None and pipeline is None else None
+    tensor.check(sizes, rows=at_a_time, over=over, length=length)
     if pipeline is not None:
         placement = (
             straight(sizes["stage"])

@@ -296,10 +296,16 @@ def microbatches(pipeline: PipelineConfig, tensor: TensorConfig, sizes: Mapping[
       ValueError: see `PipelineConfig.count` and `TensorConfig.check`.
     """
     parts = tensor.parts(sizes)
-    if pipeline.microbatches is None and rows % parts == 0:
+    tensor.check(sizes, rows=rows)
+    if pipeline.microbatches is None:
         return pipeline.count(rows // parts, sizes[STAGE])
     m = pipeline.count(rows, sizes[STAGE])
-    tensor.check(sizes, rows=rows // m)
+    if rows // m % parts:
+        near = min((d for d in range(1, rows + 1) if rows % (d * parts) == 0), key=lambda d: (abs(d - m), -d))
+        raise ValueError(
+            f"pipeline.microbatches = {m} makes {rows // m} of the {rows} rows on each device a microbatch, and "
+            f"tensor.products = 'weave' cuts it in two halves; nearest that works: {near}"
+        )
     return m
 
 

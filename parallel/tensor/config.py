@@ -35,12 +35,15 @@ class TensorConfig:
         """Into how many groups rows are cut that go through the layers side by side."""
         return 2 if self.products == "weave" and sizes[TENSOR] > 1 else 1
 
-    def check(self, sizes: Mapping[str, int], *, rows: int | None = None, length: int | None = None) -> None:
+    def check(
+        self, sizes: Mapping[str, int], *, rows: int | None = None, over: int = 1, length: int | None = None
+    ) -> None:
         """Raise where the tokens do not divide.
 
         Args:
           sizes: `{axis: size}` of the mesh.
           rows: rows that a device has at a time (of a microbatch, in a pipeline).
+          over: how many devices have rows of their own.
           length: tokens of a row.
 
         Raises:
@@ -59,7 +62,8 @@ class TensorConfig:
             )
         parts = self.parts(sizes)
         if rows is not None and rows % parts:
+            each = f" on each of {over} devices, {(rows + 1) * over} together" if over > 1 else ""
             raise ValueError(
                 f"tensor.products = 'weave' cuts the {rows} row{'s' if rows > 1 else ''} that a device has at a time in two "
-                f"halves; nearest that works: {rows + 1} rows"
+                f"halves; nearest that works: {rows + 1} rows{each}"
             )

@@ -101,6 +101,36 @@ CASES = [
         "{train} --mesh data=2,sequence=4 --sequence.attention hybrid --sequence.exchange 3",
         ("sequence.exchange = 3", "sequence(4)", "nearest that works: 2"),
     ),
+    Case(
+        "tokens by tensor",
+        "{train} --mesh data=2,tensor=4 --tensor.products ring --length 30",
+        ("'ring'", "tensor(4)", "30 / 4", "nearest length that works: 32"),
+    ),
+    Case(
+        "tokens by sequence and tensor",
+        "{train} --mesh data=2,sequence=2,tensor=2 --tensor.products gathered --length 38 --sequence.layout contiguous",
+        ("'gathered'", "sequence(2) × tensor(2)", "38 / 4", "nearest length that works: 40"),
+    ),
+    Case(
+        "one row in two halves",
+        "{train} --mesh data=4,tensor=2 --tensor.products weave --batch 4",
+        ("'weave'", "1 row ", "2 rows on each of 4 devices, 8 together"),
+    ),
+    Case(
+        "one row of a microbatch in two halves",
+        "{train} --mesh data=2,stage=2,tensor=2 --tensor.products weave --pipeline.microbatches 4 --batch 8",
+        ("pipeline.microbatches = 4", "1 of the 4 rows", "'weave'", "nearest that works: 2"),
+    ),
+    Case(
+        "branches around products in rings",
+        "{train} --mesh data=2,stage=2,tensor=2 --tensor.products ring --pipeline.ticks mixed",
+        ("mixed", "rings over the tensor axis", "one-kind"),
+    ),
+    Case(
+        "explain: tokens by tensor",
+        "explain tiny --length 30 --mesh tensor=4 --tensor.products weave",
+        ("30 / 4", "32"),
+    ),
     Case("autodiff of another schedule", "{train} --pipeline.executor autodiff", ("autodiff", "1f1b", "gpipe")),
     Case("explain: stages", "explain tiny --mesh stage=4", ("4 pipeline stages", "2 layers")),
     Case("explain: heads by tensor", "explain tiny --heads 4 --mesh tensor=8", ("4", "8", "heads")),
