@@ -26,12 +26,12 @@ from jaxpar.parallel.pipeline.split import Split
 from jaxpar.parallel.rules import Rules, batch_sharding, check, constrain, shardings
 from jaxpar.parallel.sequence.choose import copies
 from jaxpar.parallel.sequence.config import SequenceConfig
-from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
+from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
 from jaxpar.programs.routes import over_routes
 from jaxpar.programs.sequence import layout_for, settled
 from jaxpar.programs.sequence import loss_fn as sequence_loss
-from jaxpar.programs.tensor import hand_specs, training_ops
+from jaxpar.programs.tensor import hand_for, training_ops
 from jaxpar.programs.tensor import loss_fn as tensor_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.programs.whole import loss_fn as whole_loss
@@ -122,15 +122,15 @@ def build(
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
     ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))
     training = training_ops(ops, tensor, mesh, rules)
-    hand = (TENSOR,) if tensor.by_hand(sizes) else ()
+    hand = hand_for(tensor, sizes, tree, rules)
     if staged:
         pipes = PipelineProgram(cfg, mesh, rules, tree, training, pipeline, sequence, tensor)
         loss, gradients = pipes.loss, pipes.gradients
     elif sizes["sequence"] > 1:
-        loss = sequence_loss(cfg, mesh, training, sequence, hand, hand_specs(tree, rules, hand))
+        loss = sequence_loss(cfg, mesh, training, sequence, hand)
         gradients = differentiated(loss)
-    elif hand:
-        loss = tensor_loss(cfg, mesh, training, tree, rules)
+    elif hand is not None:
+        loss = tensor_loss(cfg, mesh, training, hand)
         gradients = differentiated(loss)
     else:
         loss = whole_loss(cfg, training)

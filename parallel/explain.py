@@ -168,7 +168,9 @@ def weight_collectives(
         looked_up = leaf.axes in (("vocabulary", "embed"), (None, "embed")) and not (tied and leaf.axes[0])
         found.append(one("all-gather", gathered, whole, times if looked_up else 2 * times))
     if scatter:
-        found.append(one("reduce-scatter", scatter, whole, times))
+        # Rows in two halves have a gradient each, but one gather of the weights.
+        halves = tensor.parts(sizes) if stacked and "embed" in leaf.axes and sizes.get(STAGE, 1) == 1 else 1
+        found.append(one("reduce-scatter", scatter, whole, times * halves))
     if reduce:
         found.append(one("all-reduce", reduce, part, times))
     return found

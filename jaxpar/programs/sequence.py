@@ -1,4 +1,5 @@
-"""Loss where every device holds a part of each row's tokens: by hand over `sequence`, GSPMD over the other axes.
+"""Loss where every device holds a part of each row's tokens: by hand over `sequence`, GSPMD over the other axes (but
+those that a run's products are spread over by hand).
 
 Everything but attention works on each token alone, so the model runs as it is on a device's own tokens; attention is one
 of `jaxpar.parallel.sequence`. Tokens are stored in the layout's order from here on: batches come in their own.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ from jaxpar.parallel.sequence.layouts import Layout
 from jaxpar.parallel.sequence.links import links_of
 from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
+
+if TYPE_CHECKING:
+    from jaxpar.programs.tensor import Hand
 
 AXIS = "sequence"
 RING, EXCHANGE = "ring", "exchange"
@@ -140,33 +144,32 @@ def arranged(layout: Layout, batch: Batch) -> Batch:
 
 def batch_specs(rows: tuple[str, ...], tokens: tuple[str, ...]) -> Batch:
     """The `PartitionSpec` of each field, for a `shard_map`."""
-    grid, row = PartitionSpec(rows or None, tokens), PartitionSpec(rows or None)
+    grid, row = PartitionSpec(rows or None, tokens or None), PartitionSpec(rows or None)
     return Batch(**{f.name: row if f.name in PER_ROW else grid for f in fields(Batch)})
 
 
-def loss_fn(
-    cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand: tuple[str, ...] = (), params=PartitionSpec()
-) -> Loss:
+def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand: Hand | None = None) -> Loss:
     """As `whole.loss_fn`. Differentiable from outside: gradients are summed over the axis once, at the end.
 
     Args:
-      hand: further axes to be manual over.
-      params: how the parameters lie on these: a `PartitionSpec`, or a tree of them.
+      hand: further axes to be manual over, and how parameters lie on them.
     """
     inside, tokens = by_hand(mesh, config)
-    axes = (*tokens, *hand)
     ops = replace(ops, attention=local_attention(config, tokens))
-    param_specs = params
+    axes, rows, param_specs, gather = tokens, (), PartitionSpec(), lambda params: params
+    if hand is not None:
+        axes, rows, param_specs, gather = (*tokens, *hand.axes), hand.rows, hand.params, hand.gather
+        ops = hand.ops(ops)
 
     def loss(params: Any, batch: Batch, key, route: Route | None = None):
         layout = layout_for(config, dict(mesh.shape), batch.tokens.shape[1])
         places = jnp.asarray(layout.positions)
 
         def local(params, batch, places, key, route):
-            params = jax.tree.map(lambda x: varying(x, axes), params)
+            params = gather(jax.tree.map(lambda x: varying(x, axes), params))
             return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key, route), axes)
 
-        specs = (param_specs, batch_specs((), tokens), PartitionSpec(tokens), PartitionSpec(), PartitionSpec())
+        specs = (param_specs, batch_specs(rows, tokens), PartitionSpec(tokens), PartitionSpec(), PartitionSpec())
         whole = jax.shard_map(local, mesh=inside, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))
         return whole(params, arranged(layout, batch), places, key, route)
 

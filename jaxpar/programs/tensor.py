@@ -1,11 +1,13 @@
 """The tensor axis of a program: what its blocks call, and its loss where products are spread by hand.
 
-By hand over `tensor`, and over `sequence` where tokens lie on several devices; GSPMD over the other axes.
+By hand over `tensor` then, over the batch's axes, and over `sequence` where tokens lie on several devices: were the batch
+left to the partitioner, it would gather all rows for each gather and scatter of their tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,11 +17,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Ops
 from jaxpar.models.route import Route
+from jaxpar.models.spec import path_name
 from jaxpar.pallas_kernels.varying import varying
 from jaxpar.parallel.rules import Rules, constrain
+from jaxpar.parallel.tensor import gathered
 from jaxpar.parallel.tensor.by_hand import ByHand
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
-from jaxpar.programs.sequence import local_loss
+from jaxpar.programs.sequence import batch_specs, local_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
 
@@ -48,22 +52,74 @@ def only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(tuple(a for a in row if a in axes) or None for row in rows))
 
 
-def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, specs: Tree, rules: Rules) -> Loss:
-    """As `whole.loss_fn`, by hand over the tensor axis.
+@dataclass(frozen=True)
+class Hand:
+    """The axes by hand besides that of the tokens, and how parameters lie on them.
 
-    Differentiable from outside: gradients of what each device holds whole are summed over the axis once, at the end.
+    Attributes:
+      rows: the batch's axes of more than one device.
+      specs: every parameter's `ParamSpec`.
+      rules: as in `jaxpar.program.Program`.
     """
+
+    rows: tuple[str, ...]
+    specs: Tree
+    rules: Rules
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return (*self.rows, TENSOR)
+
+    @property
+    def params(self) -> Tree:
+        """A `PartitionSpec` for each parameter."""
+        return hand_specs(self.specs, self.rules, self.axes)
+
+    def ops(self, ops: Ops) -> Ops:
+        """With products that gather their kernels themselves."""
+        return replace(ops, shards=replace(ops.shards, over=self.over("embed")))
+
+    def gather(self, params: Tree) -> Tree:
+        """Whole along the batch's axes, but for what products gather: the width of layers' kernels."""
+
+        def one(path, x, spec):
+            kernel = path_name(path).startswith("layers/") and path_name(path).endswith("/kernel")
+            for dimension, axis in enumerate(spec.axes):
+                if not (kernel and axis == "embed"):
+                    x = gathered.whole(x, dimension, self.over(axis))
+            return x
+
+        return jax.tree_util.tree_map_with_path(one, params, self.specs)
+
+    def over(self, axis: str | None) -> tuple[str, ...]:
+        """The batch's axes that a dimension of parameters lies on."""
+        return tuple(a for a in self.rules.mesh_axes(axis) if a in self.rows)
+
+
+def hand_for(config: TensorConfig, sizes: Mapping[str, int], specs: Tree, rules: Rules) -> Hand | None:
+    """None: the partitioner has the tensor axis."""
+    if not config.by_hand(sizes):
+        return None
+    return Hand(tuple(a for a in rules.mesh_axes("batch", "activations") if sizes[a] > 1), specs, rules)
+
+
+def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, hand: Hand) -> Loss:
+    """As `whole.loss_fn`, by hand over the tensor axis and the batch's.
+
+    Differentiable from outside: gradients of what each device holds whole are summed over the axes once, at the end.
+    """
+    ops = hand.ops(ops)
 
     def loss(params: Tree, batch: Batch, key, route: Route | None = None):
         places = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
 
         def local(params, batch, places, key, route):
-            params = jax.tree.map(lambda x: varying(x, (TENSOR,)), params)
-            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key, route), TENSOR)
+            params = hand.gather(jax.tree.map(lambda x: varying(x, hand.axes), params))
+            return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key, route), hand.axes)
 
         nowhere = PartitionSpec()
-        inputs = (hand_specs(specs, rules, (TENSOR,)), nowhere, nowhere, nowhere, nowhere)
-        run = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=nowhere, axis_names={TENSOR})
+        inputs = (hand.params, batch_specs(hand.rows, ()), nowhere, nowhere, nowhere)
+        run = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=nowhere, axis_names=set(hand.axes))
         return run(params, batch, places, key, route)
 
     return loss

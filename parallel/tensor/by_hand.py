@@ -26,12 +26,14 @@ class ByHand:
         loss's chunks gather and scatter in either: they stand alone, with no product beside them to hide behind, and a
         pipeline runs them under a condition, which must not hold a permute.
       parts: see `Whole`.
+      over: further axes that the width D of kernels lies on (FSDP); products gather it.
     """
 
     shards: int
     axis: str = "tensor"
     rings: bool = False
     parts: int = 1
+    over: tuple[str, ...] = ()
 
     def own(self, tree: Tree) -> Tree:
         return jax.tree.map(lambda x: gathered.own(x, self.axis), tree)
@@ -44,13 +46,13 @@ class ByHand:
 
     def columns(self, matmul: Callable, x_BxSxD, kernels: Sequence) -> list:
         if self.rings:
-            return ring.columns(self.axis, x_BxSxD, kernels)
-        return gathered.columns(self.axis, matmul, x_BxSxD, kernels)
+            return ring.columns(self.axis, x_BxSxD, kernels, self.over)
+        return gathered.columns(self.axis, matmul, x_BxSxD, kernels, self.over)
 
     def row(self, matmul: Callable, h, kernel, contract: int):
         if self.rings:
-            return ring.row(self.axis, h, kernel, contract)
-        return gathered.row(self.axis, matmul, h, kernel, contract)
+            return ring.row(self.axis, h, kernel, contract, self.over)
+        return gathered.row(self.axis, matmul, h, kernel, contract, self.over)
 
     def lookup(self, table_VxD, tokens_BxT):
         return vocabulary.lookup(table_VxD, tokens_BxT, self.axis)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.pallas_kernels.varying import alike
-from jaxpar.parallel.tensor.gathered import TOKENS
+from jaxpar.parallel.tensor.gathered import TOKENS, part, whole
 
 
 class Ring:
@@ -53,19 +53,19 @@ class Ring:
         return total
 
 
-def columns(axis: str, x_BxSxD, kernels: Sequence) -> list:
+def columns(axis: str, x_BxSxD, kernels: Sequence, over: tuple[str, ...] = ()) -> list:
     """As `gathered.columns`: [B, T, ...] of every kernel [D, ...]. Kernels are cast to x's dtype."""
     flat = [k.astype(x_BxSxD.dtype).reshape(k.shape[0], -1) for k in kernels]
-    ys = _columns(axis, *_split(alike(x_BxSxD, *flat)))
+    ys = _columns(axis, over, *_split(alike(x_BxSxD, *flat)))
     return [y.reshape(*y.shape[:2], *k.shape[1:]) for y, k in zip(ys, kernels, strict=True)]
 
 
-def row(axis: str, h, kernel, contract: int):
+def row(axis: str, h, kernel, contract: int, over: tuple[str, ...] = ()):
     """As `gathered.row`: [B, S, D] of h [B, T, ...] and a kernel whose first `contract` dimensions are summed over."""
     inner = math.prod(kernel.shape[:contract])
     flat = kernel.astype(h.dtype).reshape(inner, -1)
-    y = _row(axis, *alike(h.reshape(*h.shape[:2], inner), flat))
-    return y.reshape(*y.shape[:2], *kernel.shape[contract:])
+    y = _row(axis, over, *alike(h.reshape(*h.shape[:2], inner), flat))
+    return y.reshape(*y.shape[:2], *kernel.shape[contract:-1], -1)
 
 
 def _split(arrays):
@@ -83,9 +83,9 @@ def _block(x_BxTxN, device, S: int):
     return jax.lax.dynamic_slice_in_dim(x_BxTxN, device * S, S, axis=TOKENS)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _columns(axis, x, kernels):
-    ring = Ring(axis)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _columns(axis, over, x, kernels):
+    ring, kernels = Ring(axis), [whole(kernel, 0, over) for kernel in kernels]
     B, S, _ = x.shape
     # Every place is written: the zeros only say where.
     ys = [jnp.zeros((B, ring.devices * S, k.shape[1]), x.dtype) for k in kernels]
@@ -96,15 +96,15 @@ def _columns(axis, x, kernels):
     return list(ys)
 
 
-def _columns_forward(axis, x, kernels):
-    return _columns(axis, x, kernels), (x, kernels)
+def _columns_forward(axis, over, x, kernels):
+    return _columns(axis, over, x, kernels), (x, kernels)
 
 
-def _columns_backward(axis, kept, d_ys):
+def _columns_backward(axis, over, kept, d_ys):
     x, kernels = kept
     # Else the compiler sees that the first hop is that of the forward pass, and keeps a neighbour's tokens until now.
     x, d_ys = jax.lax.optimization_barrier((x, d_ys))
-    ring, S = Ring(axis), x.shape[1]
+    ring, S, kernels = Ring(axis), x.shape[1], [whole(kernel, 0, over) for kernel in kernels]
 
     def for_tokens(device):
         return sum(_product("btf,df->btd", _block(d, device, S), k) for d, k in zip(d_ys, kernels, strict=True))
@@ -116,31 +116,31 @@ def _columns_backward(axis, kept, d_ys):
             total + _product("btd,btf->df", held, _block(d, device, S))
             for total, d in zip(d_kernels, d_ys, strict=True)
         ]
-    return d_x, tuple(d.astype(k.dtype) for d, k in zip(d_kernels, kernels, strict=True))
+    return d_x, tuple(part(d.astype(k.dtype), 0, over) for d, k in zip(d_kernels, kernels, strict=True))
 
 
 _columns.defvjp(_columns_forward, _columns_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row(axis, h, kernel):
-    ring = Ring(axis)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _row(axis, over, h, kernel):
+    ring, kernel = Ring(axis), whole(kernel, 1, over)
     S = h.shape[1] // ring.devices
     return ring.collect(lambda device: _product("btf,fd->btd", _block(h, device, S), kernel)).astype(h.dtype)
 
 
-def _row_forward(axis, h, kernel):
-    return _row(axis, h, kernel), (h, kernel)
+def _row_forward(axis, over, h, kernel):
+    return _row(axis, over, h, kernel), (h, kernel)
 
 
-def _row_backward(axis, kept, d_y):
+def _row_backward(axis, over, kept, d_y):
     h, kernel = kept
-    ring, S = Ring(axis), d_y.shape[1]
+    ring, S, kernel = Ring(axis), d_y.shape[1], whole(kernel, 1, over)
     d_h, d_kernel = alike(jnp.zeros_like(h), d_y)[0], 0.0
     for device, held in ring.visits(d_y):
         d_h = jax.lax.dynamic_update_slice_in_dim(d_h, held @ kernel.T, device * S, axis=TOKENS)
         d_kernel = d_kernel + _product("btf,btd->fd", _block(h, device, S), held)
-    return d_h, d_kernel.astype(kernel.dtype)
+    return d_h, part(d_kernel.astype(kernel.dtype), 1, over)
 
 
 _row.defvjp(_row_forward, _row_backward)

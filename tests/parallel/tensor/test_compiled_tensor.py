@@ -15,8 +15,10 @@ import pytest
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.parallel.collectives import OPS, count
+from jaxpar.parallel.explain import explain
 from jaxpar.parallel.hlo import parse
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
+from jaxpar.parallel.rules import Rules
 from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.program import build
 from jaxpar.step import Batch
@@ -32,13 +34,14 @@ WHOLE = B * T * CFG.width * 4
 """Bytes of the stream of all tokens, [B, T, D]."""
 
 
-def compiled(products: str, gradients: bool = True) -> str:
+def compiled(products: str, gradients: bool = True, mesh: MeshConfig = MESH, rows: int = B) -> str:
     """The loss, with its gradients or alone."""
-    program = build(CFG, make_mesh(MESH, jax.devices()[:t]), rows=B, length=T, tensor=TensorConfig(products))
+    used = make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes.values())])
+    program = build(CFG, used, rows=rows, length=T, tensor=TensorConfig(products))
     param = lambda s, place: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=place)
     params = jax.tree.map(param, program.specs, program.param_shardings, is_leaf=lambda x: hasattr(x, "axes"))
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    batch = Batch(ids, ids, jax.ShapeDtypeStruct((B, T), jnp.float32), ids, ids, jax.ShapeDtypeStruct((B,), jnp.int32))
+    ids, row = jax.ShapeDtypeStruct((rows, T), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    batch = Batch(ids, ids, jax.ShapeDtypeStruct((rows, T), jnp.float32), ids, ids, row)
     run = (lambda params, batch: program.grad_fn(params, batch, None, None)) if gradients else program.eval_fn
     return jax.jit(run).lower(params, batch).compile().as_text()
 
@@ -160,3 +163,26 @@ def test_halves_that_meet_are_found(devices, monkeypatch):
 
     monkeypatch.setattr(decoder.layers, "block", meeting)
     assert chains(compiled("weave", gradients=False)) == [[sorted(FORWARD * 2)]]
+
+
+@pytest.mark.parametrize("products", ["ring", "weave"])
+def test_rows_and_weights_stay_apart(products, devices):
+    """With data and fsdp: no row leaves its device, weights are gathered a layer at a time, forward and backward, their
+    gradients scattered there and summed over data once; all of it to the byte what `explain` says."""
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    found = count(compiled(products, mesh=mesh, rows=8), mesh.sizes).collectives
+    assert {c.op for c in found if "data" in c.axes} == {"all-reduce"}
+
+    total = lambda ones: {key: sum(n for k, n in ones if k == key) for key in {k for k, _ in ones}}
+    record = explain(decoder.spec(CFG), mesh, Rules(), rows=8, length=T, tensor=TensorConfig(products)).record
+    said = [c for row in record["parameters"] if row["name"].startswith("layers/") for c in row["collectives"]]
+    said += [c for c in record["activations"] if "layers/" in c["where"]]
+    said = [((c["op"], tuple(c["axes"])), c["bytes"] * c["times"]) for c in said if c["op"] != "all-reduce"]
+    layers = [((c.op, c.axes), c.nbytes * c.times) for c in found if c.times == CFG.layers]
+    assert total(layers) == total(said)
+
+    sums = [c for row in record["parameters"] for c in row["collectives"] if c["op"] == "all-reduce"]
+    said = total([(tuple(c["axes"]), c["bytes"] * c["times"]) for c in sums])
+    once = total([(c.axes, c.nbytes) for c in found if c.op == "all-reduce" and "data" in c.axes])
+    once["data", "fsdp", "tensor"] -= 2 * 4  # the sums of losses and of weights
+    assert once == said
