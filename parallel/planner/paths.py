@@ -154,7 +154,7 @@ class PathFinder:
         ]
         best: dict[tuple, float] = {}
         while heap:
-            estimate, _, now, back, path, visited, lag, total, swaps = heapq.heappop(heap)
+            _, _, now, back, path, visited, lag, total, swaps = heapq.heappop(heap)
             if isinstance(path, Found):
                 return path
             node = path[-1]

@@ -167,9 +167,7 @@ class _State:
 
 def _rules(state: _State, finder: PathFinder, capacity: Capacity) -> tuple[Branch, bool]:
     best: Branch | None = None
-    taken = 0
-    for found in search(finder, capacity):
-        taken += 1
+    for taken, found in enumerate(search(finder, capacity), 1):
         if found is not None:
             best = found
             state.offer(found.routes)
