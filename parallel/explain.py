@@ -132,7 +132,7 @@ def explain(
         "sent_bytes_per_step": sum(c.sent * c.times for c in itertools.chain(activations, *by_name.values())),
         "compiled": None,
     }
-    text = _table(leaves, record, by_name) + "\n\n" + _totals(leaves, record, sizes, activations)
+    text = _table(leaves, record, by_name) + "\n\n" + _totals(leaves, record, sizes, activations, tensor)
     if compiled is not None:
         counted = count(compiled if isinstance(compiled, str) else compiled.as_text(), sizes)
         record["compiled"] = {
@@ -308,7 +308,7 @@ def _table(leaves, record, by_name) -> str:
     return table(head, rows, right=(3,))
 
 
-def _totals(leaves, record, sizes, activations) -> str:
+def _totals(leaves, record, sizes, activations, tensor: TensorConfig) -> str:
     letters = {
         LETTERS[a]: (a, n) for _, leaf in leaves for a, n in zip(leaf.axes, leaf.shape, strict=True) if a in LETTERS
     }
@@ -328,15 +328,20 @@ def _totals(leaves, record, sizes, activations) -> str:
             for c in activations
         ]
         head = ("collectives of activations", "op", "a step", "each", "over", "sent")
-        lines += ["", table(head, rows, right=(2, 3, 5)), *_assumed(activations)]
+        lines += ["", table(head, rows, right=(2, 3, 5)), *_assumed(activations, tensor)]
     lines.append(f"each device sends {size(record['sent_bytes_per_step'])} a step (ring algorithms)")
     return "\n".join(lines)
 
 
-def _assumed(activations) -> list[str]:
+def _assumed(activations, tensor: TensorConfig) -> list[str]:
     """What the rules do not say, and these rows take for granted."""
     axes = {axis: c.times for c in activations for axis in c.axes}
     lines = []
+    if TENSOR in axes and tensor.products == "sharded":
+        lines.append(
+            "over tensor: sharded leaves it to the partitioner, which may send more (on CPU it sums whole where these rows "
+            "scatter); --compile counts what it does"
+        )
     if SEQUENCE in axes:
         lines.append("over sequence: attention as a ring; other kinds send other amounts")
     if STAGE in axes:

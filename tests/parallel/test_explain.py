@@ -15,6 +15,7 @@ from jaxpar.parallel.explain import explain, notation, size, table
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
 from jaxpar.parallel.rules import Rules, batch_sharding, constrain, shardings
 from jaxpar.parallel.sequence.choose import Workload, bytes_per_link
+from jaxpar.parallel.tensor.config import TensorConfig
 
 ONE = MeshConfig().sizes
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2).sizes
@@ -110,6 +111,27 @@ def test_each_axis_costs_what_it_is_known_for():
     assert {c["bytes"] for c in e.record["activations"]} == {ROWS * LENGTH * 32 * 2}
     forward = [c for c in e.record["activations"] if c["where"].startswith("forward")]
     assert sum(c["times"] for c in forward) == 2 * LAYERS + 1
+
+
+@pytest.mark.quick
+def test_each_form_of_products_sends_what_it_is_known_for():
+    """A reduce-scatter and an all-gather send what an all-reduce does; a ring as much, but for sums in float32."""
+
+    def of(products, dtype="float32"):
+        told = dict(rows=ROWS, length=LENGTH, compute_dtype=dtype, tensor=TensorConfig(products))
+        e = explain(SPECS, MeshConfig(tensor=4), Rules(), **told)
+        layers = [c for c in e.record["activations"] if "layers/" in c["where"]]
+        sent = lambda which: sum(c["sent_bytes_per_step"] for c in layers if c["where"].startswith(which))
+        return {c["op"] for c in layers}, sent("forward"), sent("backward"), "the partitioner" in e.text
+
+    ops, forward, backward, _ = of("whole")
+    assert ops == {"all-reduce"}
+    spread = {"all-gather", "reduce-scatter"}
+    # Backward by hand gathers a branch's tokens once more: half an all-reduce.
+    assert of("sharded") == (spread, forward, backward, True)
+    assert of("gathered") == of("weave") == (spread, forward, backward * 3 // 2, False)
+    assert of("ring") == ({"collective-permute"}, forward, backward * 3 // 2, False)
+    assert of("ring", "bfloat16")[1] == of("gathered", "bfloat16")[1] * 3 // 2
 
 
 @pytest.mark.quick
