@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxpar.data.config import DataConfig
 from jaxpar.errors import UserError
@@ -15,9 +15,14 @@ from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TensorConfig
+from jaxpar.recovery.config import AnyRecovery, FailureConfig
+from jaxpar.recovery.no_failure import NoFailure
 from jaxpar.sampling import Sampler
 from jaxpar.skipping.config import AnySkipping
 from jaxpar.steps.config import ClipPerStage, StepConfig
+
+if TYPE_CHECKING:
+    from jaxpar.recovery.failures import FailureTrace
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class RunConfig:
       skipping: which layers a microbatch leaves out. None: it runs them all. On a mesh with stage > 1 stages then run one
         after the other, without a pipeline.
       tensor: how products work on a mesh with tensor > 1.
+      recovery: how stages of the model that are lost come back. A run whose failures it cannot recover does not start.
+      failures: which stages are lost when.
       fake_devices: pretend that the CPU is this many devices. None: the real ones.
       distributed: several processes.
       evaluate_every: steps between evaluations; there is always one at the end. None: only that one.
@@ -122,6 +129,8 @@ class RunConfig:
     sequence: SequenceConfig = SequenceConfig()
     tensor: TensorConfig = TensorConfig()
     skipping: AnySkipping | None = None
+    recovery: AnyRecovery = NoFailure()
+    failures: FailureConfig = FailureConfig()
     fake_devices: int | None = None
     distributed: DistributedConfig = DistributedConfig()
     evaluate_every: int | None = 100
@@ -187,10 +196,24 @@ class RunConfig:
         """What only the mesh's sizes tell.
 
         Raises:
-          UserError: skipping that does not suit the model or the batch.
+          UserError: skipping that does not suit the model or the batch; failures that do not suit the model or that the
+            strategy cannot recover.
         """
         if self.skipping is not None:
             self.skipping.check(self.model.layers, self.rows, sizes["data"] * sizes["fsdp"])
+        if self.recovers or not self.failures.none:
+            from jaxpar.recovery.plan import walk
+
+            walk(self.recovery, self.trace(sizes), self.steps, saved=self.checkpoint_every)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether there is a recovery strategy."""
+        return not isinstance(self.recovery, NoFailure)
+
+    def trace(self, sizes: Mapping[str, int]) -> FailureTrace:
+        """Which stages are lost when, on a mesh of these sizes."""
+        return self.failures.trace(self.failures.count(self.model.layers, sizes["stage"]), self.steps)
 
     def transforms(self) -> tuple:
         """What is wrapped around the step, innermost first: routes are outside of accumulation, whose parts take the same

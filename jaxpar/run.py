@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from jaxpar.generation import check_prompts
 from jaxpar.optimisers import make
 from jaxpar.parallel.mesh import make_mesh, mesh_sizes
 from jaxpar.program import Program, build
+from jaxpar.recovery.base import Stages
+from jaxpar.recovery.loop import Losses, lower_repair, replayed
+from jaxpar.recovery.transform import placed
 from jaxpar.report.plots import loss_plot
 from jaxpar.report.progress import Progress
 from jaxpar.report.writers import JsonLines, TensorBoard, WeightsAndBiases, Writers
@@ -53,6 +56,7 @@ class Run:
       update_fn: the compiled `Step.update`: (state, batch) -> (state, metrics). The state is donated.
       state: the training state; replaced (its buffers donated) by each `update`.
       step: updates done.
+      losses: what the run loses of its model. None: nothing.
       baseline: the bigram model's held-out loss, in nats per token, or None.
     """
 
@@ -65,6 +69,7 @@ class Run:
     state: TrainState
     checkpoints: Checkpoints
     step: int
+    losses: Losses | None = None
     baseline: float | None = None
 
     def __post_init__(self):
@@ -91,6 +96,9 @@ class Run:
                 writers.append(WeightsAndBiases(config.wandb, self.folder, name=self.folder.name, config=json))
         self.writers = Writers(writers)
         self._finite = True
+        # The furthest step so far: a run that goes back does some again, which were evaluated and saved before.
+        self._furthest, self._new, self._went_back = self.step, True, False
+        self._recoveries: list[tuple[int, np.ndarray, dict]] = []
 
     def __enter__(self) -> Run:
         return self
@@ -103,21 +111,39 @@ class Run:
             self.checkpoints.close()
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the state's position on, made ahead in the background. Endless."""
+        """The batches from the state's position on, made ahead in the background; those from where it went back to, once
+        `lose` has said so. Endless."""
         if self.step >= self.config.steps:
             return
-        yield from self.pipeline.batches(
-            int(self.state.data_position), self.config.data.batch, self.program.batch_sharding
-        )
+        while True:
+            position = int(self.state.data_position)
+            for batch in self.pipeline.batches(position, self.config.data.batch, self.program.batch_sharding):
+                yield batch
+                if self._went_back:
+                    break
+            self._went_back = False
+
+    def lose(self, batch: Batch) -> bool:
+        """Lose what fails before the next step, and mend the state. Whether the run went back: `batch` is not its next one."""
+        if self.losses is None or not (failed_S := self.losses.before(self.step)).any():
+            return False
+        now = self.step + 1
+        self._went_back = self.losses.strategy.rollback(failed_S) is not None
+        self.state, self.step, metrics = self.losses.mend(self.state, batch, self.step, failed_S)
+        self._recoveries.append((now, failed_S, metrics))
+        if self._went_back:
+            self.progress.pause()
+        return self._went_back
 
     def update(self, batch: Batch) -> dict[str, jax.Array]:
         """One step. Returns its metrics, still on the device."""
         first, count = self.config.profile.start, self.config.profile.steps
-        if first == self.step + 1:
+        if first == self.step + 1 > self._furthest:
             jax.profiler.start_trace(str(self.folder / PROFILE))
         self.state, metrics = self.update_fn(self.state, batch)
         self.step += 1
-        if first is not None and self.step == first + count - 1:
+        self._new, self._furthest = self.step > self._furthest, max(self.step, self._furthest)
+        if first is not None and self.step == first + count - 1 and self._new:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
             self.say(f"profile of steps {first} to {self.step}: {self.folder / PROFILE}")
@@ -129,9 +155,11 @@ class Run:
         Raises:
           NotFiniteError: the step asked to stop; the state is the one before it.
         """
+        self._tell_recoveries()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         columns = {"loss": values["loss"]}
-        columns |= {n.partition("/")[2]: v for n, v in values.items() if n.endswith(("/skipped", "/total")) and v}
+        shown = ("/skipped", "/total", "/failures", "/replayed")
+        columns |= {n.partition("/")[2]: v for n, v in values.items() if n.endswith(shown) and v}
         rates = self.progress.update(step, self.tokens_per_step, columns)
         # A step that was skipped left the state before it, which was fine.
         skipped = any(value for name, value in values.items() if name.endswith("/skipped"))
@@ -143,6 +171,14 @@ class Run:
                 f"stopped the run before the update; the checkpoints in {self.checkpoints.folder} are from before it; "
                 "lower the learning rate, look at the data of this step, or choose --step.nonfinite skip-nonfinite"
             )
+
+    def _tell_recoveries(self) -> None:
+        """Read what recoveries told, show and write it: a mark at the step before whose gradients the stage was lost."""
+        for step, failed_S, metrics in self._recoveries:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.writers.write(step, values)
+            self.say(self.losses.tell(step, failed_S, values))
+        self._recoveries.clear()
 
     def best_params(self) -> Any:
         """The parameters to judge the model by: their average where the run keeps one, else the last ones."""
@@ -178,6 +214,8 @@ class Run:
 
     def save(self, *, wait: bool = False) -> None:
         """Start a checkpoint of the state (and wait for it). Its step's metrics must have been reported."""
+        if self.step < self._furthest and (self.checkpoints.latest() or 0) > self.step:
+            return  # stopped while steps are done again: what goes on from the newer one does them again likewise
         # Lines up to this step must be on disk before the checkpoint that a resumed run goes on from.
         self.writers.flush()
         self.checkpoints.save(self.state, finite=self._finite)
@@ -186,7 +224,7 @@ class Run:
 
     def due(self, every: int | None) -> bool:
         """Whether something that is done every so many steps is due; the end of the run sees to itself."""
-        return every is not None and self.step % every == 0 and self.step < self.config.steps
+        return every is not None and self.step % every == 0 and self.step < self.config.steps and self._new
 
 
 def first_ids(tokenizer: Any, prompt: str) -> Sequence[int]:
@@ -231,6 +269,11 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     for note in program.notes:
         say(note)
     tx = make(config.optimiser, program.specs, steps=config.steps)
+    if config.recovers:
+        decay = None if config.step.ema is None else config.step.ema.decay
+        trace = config.trace(mesh_sizes(mesh))
+        stages = Stages(trace.stages, program.specs, mesh, program.rules, decay)
+        transforms = placed(transforms, config.recovery, stages)
     step = chain(make_step(program.grad_fn, tx), *transforms)
     if config.sample.tokens:
         check_prompts(config.model, [first_ids(pipeline.tokenizer, config.sample.prompt)], config.sample.tokens)
@@ -249,17 +292,32 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     restored = checkpoints.restore(target, fresh=fresh)
     # Compiling is the longest wait of a run's start, so whatever else there is to do is done beside it. What is needed
     # first goes first: XLA compiles in the order of asking.
+    begins = cache(lambda: tuple(map(compile_beside, lower_init(step, program, target, key))))
     if restored is None:
-        init, init_rest = map(compile_beside, lower_init(step, program, target, key))
+        begins()
     update = compile_beside(lower(step, program, target, config.data.batch, config.data.length))
+
+    def begin() -> TrainState:
+        init, init_rest = begins()
+        return init_rest(init(jax.random.fold_in(key, 0)), jax.random.fold_in(key, 1))
+
     if restored is None:
-        state = init_rest(init(jax.random.fold_in(key, 0)), jax.random.fold_in(key, 1))
+        state = begin()
     else:
         state, meta = restored
         for note in meta.notes:
             say(note)
         say(f"going on from step {meta.step} of {config.steps}, example {int(state.data_position)}")
-    run = Run(config, folder, say, pipeline, program, update, state, checkpoints, int(state.step))
+    losses = None
+    if not config.failures.none:
+        repair = lower_repair(step, program, target, config.data.batch, config.data.length, trace.stages)
+
+        def again() -> TrainState:
+            found = checkpoints.restore(target, fresh=fresh)
+            return begin() if found is None else found[0]
+
+        losses = Losses(config.recovery, trace, compile_beside(repair), again, mesh, replayed(state))
+    run = Run(config, folder, say, pipeline, program, update, state, checkpoints, int(state.step), losses)
     if config.baseline:
         run.baseline = pipeline.bigram_loss(config.evaluate_batches, config.data.batch)
         say(f"bigram model: held-out loss {run.baseline:.4f} nats per token")

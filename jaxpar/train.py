@@ -78,6 +78,8 @@ def loop(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
     """Steps until the last one, or until a signal."""
     config, before = run.config, None
     for batch in run.batches():
+        if run.lose(batch):  # the run went back, and other batches follow
+            continue
         metrics = run.update(batch)
         # Step t is running on the device; read the metrics of t-1 meanwhile, so that the device does not wait for us.
         if before is not None:

@@ -140,12 +140,14 @@ class Recovery:
       exact: a recovered stage is bitwise what it was.
       ends: it brings back embedding, final norm and output projection, so these are lost with their stages.
       needs_norms: `observe` is given the stages' gradient norms.
+      copies: what it keeps a copy of: nothing, parts of stages, or the whole state.
       least: the fewest stages that it works with.
     """
 
     exact: ClassVar[bool] = False
     ends: ClassVar[bool] = False
     needs_norms: ClassVar[bool] = False
+    copies: ClassVar[Literal["", "parts", "state"]] = ""
     least: ClassVar[int] = 1
 
     @property

@@ -88,8 +88,9 @@ class CheckFree(Neighbours):
 
     @classmethod
     def reference_code(cls, **more) -> CheckFree:
-        """As gensyn-ai/CheckFree (8d7d547) computes it for its 124M and 1.5B models."""
-        return cls(power=1, norm_point="post-clip", epsilon=1e-4, bump=1.1, bump_mode="permanent", **more)
+        """As gensyn-ai/CheckFree (8d7d547) computes it for its 124M and 1.5B models; bump=1.2 for those of 500M."""
+        code = dict(power=1, norm_point="post-clip", epsilon=1e-4, bump=1.1, bump_mode="permanent")
+        return cls(**{**code, **more})
 
     def persistent(self, state, stages: Stages) -> Tree:
         return {**super().persistent(state, stages), "norms": jnp.ones(stages.count, jnp.float32)}

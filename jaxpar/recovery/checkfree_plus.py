@@ -29,12 +29,13 @@ class CheckFreePlus(CheckFree):
     edge_pairs: Literal["edges-only", "both-ways"] = "edges-only"
 
     ends: ClassVar[bool] = True
+    copies: ClassVar[str] = "parts"
     least: ClassVar[int] = 4
 
     @classmethod
     def reference_code(cls, **more) -> CheckFreePlus:
         """As gensyn-ai/CheckFree (8d7d547) computes it for its 124M and 1.5B models."""
-        return super().reference_code(edge_pairs="both-ways", **more)
+        return super().reference_code(**{"edge_pairs": "both-ways", **more})
 
     def _why_least(self) -> str:
         return "the first two and the last two stages are swapped, and must not share one"

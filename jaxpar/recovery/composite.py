@@ -54,6 +54,10 @@ class Composite(Recovery):
         return self.first.ends and self.then.ends
 
     @property
+    def copies(self) -> str:
+        return max((m.copies for m in self._members.values()), key=("", "parts", "state").index)
+
+    @property
     def needs_norms(self) -> bool:
         return self.first.needs_norms or self.then.needs_norms
 

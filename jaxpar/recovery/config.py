@@ -102,6 +102,22 @@ class FailureConfig:
         """Whether nothing is ever lost."""
         return not (self.failure_rate or any(self.rates) or self.at or self.file)
 
+    def count(self, layers: int, mesh_stages: int) -> int:
+        """How many stages there are.
+
+        Raises:
+          UserError: they do not divide the layers.
+        """
+        count = self.stages or (mesh_stages if mesh_stages > 1 else layers)
+        if layers % count:
+            where = "failures.stages" if self.stages else "the mesh axis stage"
+            near = min((d for d in range(1, layers + 1) if layers % d == 0), key=lambda d: abs(d - count))
+            raise UserError(
+                f"{where} = {count} does not divide model.layers = {layers}, and stages that stand in for each other must "
+                f"be equal; nearest that works: failures.stages {near}"
+            )
+        return count
+
     def trace(self, stages: int, steps: int) -> FailureTrace:
         """The losses of a run of `steps` steps with `stages` stages.
 

@@ -24,6 +24,7 @@ class Redundant(Recovery):
 
     exact: ClassVar[bool] = True
     ends: ClassVar[bool] = True
+    copies: ClassVar[str] = "parts"
     least: ClassVar[int] = 2
 
     def _why_least(self) -> str:

@@ -47,6 +47,8 @@ def put_back(state, copy: Tree, back_S, stages: Stages):
         )
     where = lost.labels(tree, stages.specs)
     back_L = stages.spread(back_S)
+    others = {name: jax.tree.map(lambda _: None, slot) for name, slot in tree["slots"].items()}
+    copy = {**copy, "slots": others | copy["slots"]}
 
     def one(x, label, kept):
         if kept is None:
@@ -69,4 +71,6 @@ def _labels_of(copy: Tree, stages: Stages) -> tuple[str, ...]:
 
 def _only(state, stages: Stages, wanted: tuple[str, ...]) -> Tree:
     tree = lost.parts(state)
-    return lost.keep_only(tree, lost.labels(tree, stages.specs), lambda label: label in wanted)
+    kept = lost.keep_only(tree, lost.labels(tree, stages.specs), lambda label: label in wanted)
+    # A slot of which nothing is kept leaves no trace: a guard around this transform may have added it since.
+    return {**kept, "slots": {name: slot for name, slot in kept["slots"].items() if jax.tree.leaves(slot)}}

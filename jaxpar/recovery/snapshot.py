@@ -31,6 +31,7 @@ class Snapshot(Recovery):
 
     exact: ClassVar[bool] = True
     ends: ClassVar[bool] = True
+    copies: ClassVar[str] = "state"
 
     def __post_init__(self):
         if self.every < 1:

@@ -120,8 +120,18 @@ def recovery_program(step: Step) -> Callable[[TrainState, Batch, jax.Array], tup
 
 
 def placed(transforms: tuple[StepTransform, ...], strategy: Recovery, stages: Stages) -> tuple[StepTransform, ...]:
-    """A chain's transforms with recovery where the strategy wants it: outside all, or for post-clip norms inside all."""
+    """A chain's transforms with recovery where the strategy wants it: outside all, or for post-clip norms inside all.
+
+    Raises:
+      UserError: inside all others it would not see what it must copy; and as `recovering`.
+    """
     inside = getattr(strategy, "norm_point", "pre-clip") == "post-clip"
+    if inside and (strategy.copies == "state" or (strategy.copies and stages.ema_decay is not None)):
+        what = "the whole state" if strategy.copies == "state" else "the average of the parameters (step.ema) too"
+        raise UserError(
+            f"{strategy.name} with norm_point post-clip stands inside all other transforms, where it cannot copy {what}; "
+            "choose norm_point pre-clip"
+        )
     own = recovering(strategy, stages)
     return (own, *transforms) if inside else (*transforms, own)
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from jaxpar.report.writers import read_lines
 
+LOST = "recovery/lost"
+"""The metric that is above 0 where stages of the model were lost (see `jaxpar.recovery.transform`)."""
+
 
 def loss_plot(
     metrics: str | Path,
@@ -18,7 +21,8 @@ def loss_plot(
     tokens_per_step: int | None = None,
     title: str = "",
 ) -> Path | None:
-    """Training and held-out loss against steps (and tokens, on a second scale), and the bigram model's line.
+    """Training and held-out loss against steps (and tokens, on a second scale), and the bigram model's line; where stages
+    of the model were lost, a mark below.
 
     Args:
       metrics: the run's metrics.jsonl.
@@ -52,6 +56,12 @@ def loss_plot(
             axes.plot(steps, smooth(losses, window), color="tab:blue", label=f"training, mean of {window}")
     if series[held_out]:
         axes.plot(*zip(*series[held_out], strict=True), "o-", color="tab:orange", ms=3, label="held-out")
+    if lost := [r["step"] for r in records if r.get(LOST)]:
+        # On the lower edge, whatever the losses are.
+        edge = axes.get_xaxis_transform()
+        axes.plot(
+            lost, [0.0] * len(lost), "^", color="tab:red", ms=5, transform=edge, clip_on=False, label="stages lost"
+        )
     if baseline is not None:
         axes.axhline(baseline, color="tab:gray", ls="--", label=f"bigram model, {baseline:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)

@@ -132,6 +132,52 @@ CASES = [
         ("30 / 4", "32"),
     ),
     Case("autodiff of another schedule", "{train} --pipeline.executor autodiff", ("autodiff", "1f1b", "gpipe")),
+    # stages that are lost
+    Case("lost, and no recovery", "{train} --failure-rate 0.9", ("loses stage", "recovers nothing", "--recovery")),
+    Case("too few stages", "{train} --recovery checkfree", ("check-free", "at least 3 stages", "got 2")),
+    Case(
+        "a stage that does not exist",
+        "{train} --layers 4 --recovery checkfree --failures.at 1:4",
+        ("failures.at", "stage 4", "step 1", "4 stages", "0 to 3"),
+    ),
+    Case(
+        "a step that does not exist",
+        "{train} --layers 4 --recovery checkfree --failures.at 3:1",
+        ("stage 1", "step 3", "1 to 2"),
+    ),
+    Case(
+        "adjacent losses",
+        "{train} --layers 4 --recovery checkfree --failures.at 2:1,2:2",
+        ("step 2", "stages 1 and 2 of 4", "check-free", "composite"),
+    ),
+    Case(
+        "an edge stage",
+        "{train} --layers 4 --recovery uniform-average --failures.at 2:3",
+        ("step 2", "stage 3 of 4", "uniform-average", "--failures.fallible middle"),
+    ),
+    Case("stages by layers", "{train} --recovery redundant --failures.stages 3", ("failures.stages = 3", "layers = 2")),
+    Case(
+        "failures in no file",
+        "{train} --layers 4 --recovery redundant --failures.file x.csv",
+        ("x.csv", "No such file"),
+    ),
+    Case("failure rate of 2", "{train} --recovery redundant --failure-rate 2", ("failure_rate = 2.0", "[0, 1]")),
+    Case("failures that are none", "{train} --recovery redundant --failures.at 2", ("'2'", "step:stage")),
+    Case(
+        "no replica",
+        "{train} --recovery replica-peer --mesh fsdp=8 --failures.at 1:1",
+        ("replica-peer", "data axis has 1", "--mesh"),
+    ),
+    Case(
+        "a copy that cannot see the average",
+        "{train} --layers 4 --recovery checkfree-plus --norm-point post-clip --step.ema ema",
+        ("check-free-plus", "post-clip", "average", "pre-clip"),
+    ),
+    Case(
+        "going back for ever",
+        "{train} --layers 4 --recovery snapshot --failure-rate 1",
+        ("snapshot", "of 2", "iterations", "lower the failure rate"),
+    ),
     Case("explain: stages", "explain tiny --mesh stage=4", ("4 pipeline stages", "2 layers")),
     Case("explain: heads by tensor", "explain tiny --heads 4 --mesh tensor=8", ("4", "8", "heads")),
     Case("explain: batch", "explain tiny --batch 6 --mesh data=4", ("6", "4", "batch")),

@@ -462,4 +462,4 @@ def test_the_reference_code_is_a_preset():
         "permanent",
         "both-ways",
     )
-    assert CheckFree.reference_code(bump=1.2) if False else CheckFree.reference_code().power == 1
+    assert (CheckFree.reference_code().bump, CheckFree.reference_code(bump=1.2).bump) == (1.1, 1.2)

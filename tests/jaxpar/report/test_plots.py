@@ -32,7 +32,7 @@ def count(image, colour):
     return int((np.abs(image - np.array(colour)).max(-1) < 12).sum())
 
 
-BLUE, ORANGE, GRAY = (31, 119, 180), (255, 127, 14), (127, 127, 127)
+BLUE, ORANGE, GRAY, RED = (31, 119, 180), (255, 127, 14), (127, 127, 127), (214, 39, 40)
 
 
 def test_it_shows_both_losses_and_the_baseline(metrics, tmp_path):
@@ -44,6 +44,22 @@ def test_it_shows_both_losses_and_the_baseline(metrics, tmp_path):
     assert count(without, ORANGE) == 0
     assert count(without, GRAY) < count(image, GRAY)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_it_marks_where_stages_were_lost(metrics, tmp_path):
+    plain = pixels(loss_plot(metrics, tmp_path / "loss.png"))
+    with metrics.open("a") as file:
+        file.write(
+            '{"step": 100, "recovery/lost": 1.0}\n{"step": 200, "recovery/lost": 2.0}\n{"step": 250, "recovery/lost": 0.0}\n'
+        )
+    marked = pixels(loss_plot(metrics, tmp_path / "loss.png"))
+    assert count(plain, RED) == 0
+    assert count(marked, RED) > 40
+    # Two marks on the lower edge of the axes, at a third and two thirds of the steps, and one in the legend.
+    rows, columns = np.nonzero(np.abs(marked - np.array(RED)).max(-1) < 12)
+    low = columns[rows > marked.shape[0] * 0.8]
+    gaps = np.flatnonzero(np.diff(np.unique(low)) > 5)
+    assert len(gaps) == 1
 
 
 def test_nothing_to_show(tmp_path):
