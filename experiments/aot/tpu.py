@@ -65,8 +65,8 @@ class Case:
     how: dict = field(default_factory=dict)
 
     def config(self, tiny: bool) -> RunConfig:
-        """The run. `tiny`: a model of width 64 and rows a thirty-second as long, which compile in seconds."""
-        length = self.length // 32 if tiny else self.length
+        """The run. `tiny`: a model of width 64 and rows of 512 tokens, which compile in seconds, but do not fit on the chip."""
+        length = min(self.length, 512) if tiny else self.length
         heads = 8 if tiny else self.width // 128
         size = dict(vocabulary=128, hidden=128) if tiny else dict(vocabulary=8192)
         model = llama(8, 64 if tiny else self.width, heads, context=length, dtype="bfloat16", **size)
@@ -74,14 +74,19 @@ class Case:
         return RunConfig(model=model, data=data, mesh=MeshConfig.parse(self.mesh), **self.how)
 
 
-def pipeline(schedule: str, microbatches: int, **more) -> dict:
-    return {"pipeline": PipelineConfig(schedule, microbatches, keep="residuals", **more)}
+def pipeline(schedule: str, microbatches: int, products: str = "gathered", **more) -> dict:
+    config = PipelineConfig(schedule, microbatches, keep="residuals", **more)
+    return {"pipeline": config, "tensor": TensorConfig(products)}
 
 
 STEPS = {
     f"{case.topology}: {name}": case
     for name, case in (
         ("PP × TP × DP", Case("v5e:2x4", "data=2,stage=2,tensor=2", 16, 1024, how=pipeline("1f1b", 8))),
+        (
+            "PP × TP (whole) × DP",
+            Case("v5e:2x4", "data=2,stage=2,tensor=2", 16, 1024, how=pipeline("1f1b", 8, "whole")),
+        ),
         ("ring × DP", Case("v5e:2x4", "data=2,sequence=4", 4, 4096)),
         ("FSDP × TP", Case("v5e:2x4", "fsdp=4,tensor=2", 16, 1024)),
         ("hybrid × DP", Case("v5e:2x4", "data=2,sequence=4", 4, 4096, how={"sequence": SequenceConfig("hybrid")})),

@@ -9,16 +9,22 @@ from jaxpar.parallel.topology import installed
 from tests.processes import start
 
 PIPELINE, RING = "v5e:2x4: PP × TP × DP", "v5e:2x4: ring × DP"
+MEMORY = [f"{schedule}, {m} microbatches" for schedule in ("1f1b", "gpipe") for m in (8, 32)]
 needs_libtpu = pytest.mark.skipif(not installed(), reason="libtpu is not installed (extra tpu-aot)")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Both steps of a tiny model, in a process of its own: JAX has started with CPU devices in this one."""
+    """Steps of a tiny model, in a process of its own: JAX has started with CPU devices in this one."""
     folder = tmp_path_factory.mktemp("aot")
-    run = start(["-m", "jaxpar.experiments.aot.tpu", "--tiny", "--only", PIPELINE, RING, "--out", str(folder)])
-    assert run.wait(600) == 0, run.output
-    return json.loads((folder / "tpu.json").read_text())["results"]["steps"]
+    names = [PIPELINE, RING, *MEMORY]
+    run = start(["-m", "jaxpar.experiments.aot.tpu", "--tiny", "--out", str(folder), "--only", *names])
+    assert run.wait(900) == 0, run.output
+    parts = json.loads((folder / "tpu.json").read_text())["results"]
+    rows = parts["steps"] | parts["memory"]
+    assert sorted(rows) == sorted(names)
+    assert not any("refused" in row for row in rows.values()), run.output
+    return rows
 
 
 def of(row, op, axis):
@@ -45,6 +51,15 @@ def test_a_ring_permutes_and_hides_it(found):
     assert not of(found[RING], "all-gather", "sequence")
     moved = lambda some: sum(c["bytes"] * c["times"] for c in some)
     assert moved([c for c in permutes if c["products"] > 0]) > moved(permutes) / 2
+
+
+@needs_libtpu
+def test_memory_of_1f1b_does_not_grow_with_the_microbatches(found):
+    """Four times the microbatches: 1F1B has as much at once, GPipe all of them."""
+    few, many, gpipe_few, gpipe_many = (found[name]["temporary_bytes"] for name in MEMORY)
+    assert many < 1.05 * few
+    assert gpipe_many > 2 * gpipe_few
+    assert many < gpipe_many / 2
 
 
 def test_the_table_says_what_is_hidden_and_what_is_not():
