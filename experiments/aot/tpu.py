@@ -4,7 +4,7 @@ Command:   python -m jaxpar.experiments.aot.tpu                        (extra `t
            python -m jaxpar.experiments.aot.tpu --only ring v5p        (the cases whose name has one of these in it)
            python -m jaxpar.experiments.aot.tpu --parts memory         (1F1B, GPipe and GPipe by autodiff alone)
 Expected:  one or two minutes a case on two CPU cores, half an hour for all; results/tpu.json and tpu.md are written after
-           each, and a case that stands there is not compiled again.
+           each with its date, and a case that stands there is not compiled again (--again does).
 
 What is compiled is the whole step of a run (model, clipping, AdamW, the state donated), traced from shapes alone: nothing
 is initialised. Its devices describe a slice (`jaxpar.parallel.topology`), and libtpu's XLA makes of it what it would
@@ -235,9 +235,9 @@ def main(argv: list[str] | None = None) -> int:
                 if type(error).__name__ != "JaxRuntimeError":
                     raise
                 found[name] = {"refused": str(error).partition("\n")[0]}
+            found[name]["date"] = datetime.date.today().isoformat()
             print(f"{name}: {found[name].get('refused') or seconds(found[name])}", flush=True)
             about = {
-                "date": datetime.date.today().isoformat(),
                 "python": platform.python_version(),
                 "versions": {package: metadata.version(package) for package in ("jax", "jaxlib", "libtpu")},
                 "command": " ".join(["python -m jaxpar.experiments.aot.tpu", *sys.argv[1:]]),
