@@ -107,7 +107,7 @@ class Stages:
 
     def spread(self, x_S):
         """[S] -> [L]: each layer has its stage's."""
-        return jnp.repeat(x_S, self.each, total_repeat_length=self.layers)
+        return jnp.broadcast_to(x_S[:, None], (self.count, self.each)).reshape(self.layers)
 
     def shifted(self, tree: Tree, by: int) -> Tree:
         """Leaves [L, ...] moved up by so many stages, round the end: stage i has what stage i - `by` had."""

@@ -15,7 +15,7 @@ class CheckpointRollback(Recovery):
     Without a checkpoint the run starts over. Reading files is the loop's business: in the program the lost stages stay
     destroyed, and `Report.recovered` says so. The trajectory is bitwise the one without failures, and takes longer: with a
     probability P of losing anything in a step and k steps between checkpoints, ((1-P)^-k - 1)/(kP) times as many steps
-    (tests/recovery/test_exact.py counts them).
+    (tests/recovery/test_failures.py counts them).
     """
 
     exact: ClassVar[bool] = True

@@ -15,6 +15,8 @@ Pairs whose order matters. `chain(step, a, b)`: b is outside, sees gradients fir
     stop_on_nonfinite / skip_nonfinite   skipping outside takes back the stop as well: the run goes on
     stop_on_nonfinite / skip_spikes      spikes outside count on in a state that has stopped
     skip_nonfinite / skip_spikes         spikes outside skip an infinite value before it is counted as not finite
+    clip_global / recovery               inside a clip CheckFree sees the norms that the clip left
+    clip_per_stage / recovery            inside a clip CheckFree sees the norms that the clip left
 
-All other pairs commute. `StepConfig.transforms` has them in the order in which they work.
+All other pairs commute. (A recovery strategy that keeps copies refuses to stand inside of what it must copy.) `StepConfig.transforms` has them in the order in which they work.
 """

@@ -18,6 +18,9 @@ from jaxpar.optimisers_config import SGD, AdamW, Constant
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
 from jaxpar.parallel.rules import Rules, batch_sharding
 from jaxpar.program import build
+from jaxpar.recovery.base import Stages
+from jaxpar.recovery.checkfree import CheckFree
+from jaxpar.recovery.transform import recovering
 from jaxpar.state import abstract_state
 from jaxpar.step import Control, chain
 from jaxpar.steps.accumulate import accumulate
@@ -52,11 +55,13 @@ TRANSFORMS = {
     "skip_nonfinite": (skip_nonfinite(2), skip_nonfinite(2)),
     "skip_spikes": (skip_spikes(4.0, 4, 2), skip_spikes(1e6, 4, 2)),
     "ema": (ema(0.9), ema(0.9)),
+    "recovery": (recovering(CheckFree(), Stages(3, SPECS)), recovering(CheckFree(), Stages(3, SPECS))),
 }
 PAIRS = list(itertools.combinations(TRANSFORMS, 2))
 # Spikes once the window of 4 is half full, then what is not finite, then on.
 EVENTFUL = [batch_of(0), batch_of(1), batch_of(2, target=500), batch_of(3, nan=True), batch_of(4)]
 CALM = [batch_of(i) for i in range(STEPS)]
+LOST = [Control(failed=jnp.asarray([False, step in (1, 3), False])) for step in range(len(EVENTFUL))]
 # Without fusion each operation is rounded by itself, so that equal arithmetic gives equal bits.
 UNFUSED = {"xla_disable_hlo_passes": "fusion"}
 each = pytest.mark.parametrize("name", TRANSFORMS)
@@ -71,7 +76,12 @@ def once(key, make):
 
 
 def acting(name):
-    return once(("acting", name), lambda: run(wrapped(TRANSFORMS[name][0]), EVENTFUL))
+    return once(("acting", name), lambda: run(wrapped(TRANSFORMS[name][0]), EVENTFUL, controls=controls(name)))
+
+
+def controls(name):
+    """What makes a transform act on `EVENTFUL` beside the batches."""
+    return LOST if name == "recovery" else [None] * len(EVENTFUL)
 
 
 @each
@@ -110,8 +120,8 @@ def test_donation(name):
     step = wrapped(TRANSFORMS[name][0])
     update = jax.jit(step.update, donate_argnums=0)
     state = step.init(params(), jax.random.key(1))  # not jitted: nothing may stand in it twice
-    for batch, expected in zip(EVENTFUL, acting(name)[0], strict=True):
-        old, (state, _) = state, update(state, batch)
+    for batch, control, expected in zip(EVENTFUL, controls(name), acting(name)[0], strict=True):
+        old, (state, _) = state, update(state, batch, control)
         assert all(x.is_deleted() for x in jax.tree.leaves(old.params))
         assert_bitwise(state, expected)
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, old)
@@ -144,11 +154,13 @@ def test_checkpoints_on_other_meshes(name, devices, tmp_path):
         assert_bitwise(*states.values())
         if second == "one":  # the mesh of the run that was never interrupted: bitwise the same from here on
             restored = jax.device_put(states["one"], devices[0])
-            assert_bitwise(run(step, EVENTFUL[position:], restored)[0][-1], acting(name)[0][-1])
+            rest = run(step, EVENTFUL[position:], restored, controls(name)[position:])
+            assert_bitwise(rest[0][-1], acting(name)[0][-1])
         else:
             put = lambda x: jax.device_put(x, batch_sharding(meshes["eight"], Rules()))
-            found = run(step, [jax.tree.map(put, EVENTFUL[-1])], states["eight"])[0][-1]
-            expected = run(step, EVENTFUL[-1:], acting(name)[0][position - 1])[0][-1]
+            last = controls(name)[-1:]
+            found = run(step, [jax.tree.map(put, EVENTFUL[-1])], states["eight"], last)[0][-1]
+            expected = run(step, EVENTFUL[-1:], acting(name)[0][position - 1], last)[0][-1]
             for a, b in zip(jax.tree.leaves(numbers(found)), jax.tree.leaves(numbers(expected)), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -160,11 +172,11 @@ def test_no_host_sync(name):
     step = wrapped(TRANSFORMS[name][0])
     state = state_of(step)
     update = jax.jit(step.update)
-    jaxpr = str(jax.make_jaxpr(step.update)(state, EVENTFUL[0]))
+    jaxpr = str(jax.make_jaxpr(step.update)(state, EVENTFUL[0], controls(name)[0]))
     assert "callback" not in jaxpr
     with jax.transfer_guard("disallow"):
-        for batch in EVENTFUL[:2]:
-            state, _ = update(state, batch)
+        for batch, control in zip(EVENTFUL[:2], controls(name), strict=False):
+            state, _ = update(state, batch, control)
 
 
 @pytest.mark.quick
@@ -178,10 +190,11 @@ def test_a_transfer_would_be_seen():
 def test_metrics_are_added_under_the_own_name(name):
     """Law 5."""
 
-    def shapes(step):
-        return jax.eval_shape(step.update, jax.eval_shape(step.init, params(), jax.random.key(0)), EVENTFUL[0])[1]
+    def shapes(step, control):
+        state = jax.eval_shape(step.init, params(), jax.random.key(0))
+        return jax.eval_shape(step.update, state, EVENTFUL[0], control)[1]
 
-    before, after = shapes(bare()), shapes(wrapped(TRANSFORMS[name][0]))
+    before, after = shapes(bare(), None), shapes(wrapped(TRANSFORMS[name][0]), controls(name)[0])
     assert set(before) <= set(after)
     assert all(new.startswith(f"{name}/") for new in set(after) - set(before))
     assert all(value.shape == () and value.dtype == jnp.float32 for value in after.values())
@@ -209,7 +222,7 @@ def documented() -> set[frozenset]:
 @pytest.mark.parametrize(("a", "b"), PAIRS)
 def test_the_table_of_orders_is_true(a, b):
     """Law 6: a pair differs on an eventful run exactly if the table says so."""
-    assert len(documented()) == 6
+    assert len(documented()) == 8
     steps = [
         chain(bare(SGD(schedule=Constant(0.01))), *(TRANSFORMS[name][0] for name in names))
         for names in ((a, b), (b, a))
