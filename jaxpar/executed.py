@@ -45,7 +45,7 @@ def _one(eqn, args: list, count) -> list:
     inner = lambda closed, args: _run(closed.jaxpr, closed.consts, args, count)
     match name:
         case "scan":
-            return _scan(params, args, inner)
+            return _scan(eqn, args, inner)
         case "while":
             n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
             for_cond, for_body, carry = args[:n_cond], args[n_cond : n_cond + n_body], args[n_cond + n_body :]
@@ -67,8 +67,13 @@ def _one(eqn, args: list, count) -> list:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _scan(params, args, inner) -> list:
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
+def _scan(eqn, args, inner) -> list:
+    params, body = eqn.params, eqn.params["jaxpr"].jaxpr
+    # How JAX names the numbers of constants, carried values and rows has changed (0.12). A row has a dimension more outside
+    # than inside, what is carried has not.
+    rows_of = lambda outside, inside: sum(o.aval.ndim > i.aval.ndim for o, i in zip(outside, inside, strict=True))
+    n_carry = len(body.outvars) - rows_of(eqn.outvars, body.outvars)
+    n_consts = len(args) - n_carry - rows_of(eqn.invars, body.invars)
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     order = range(params["length"])
     rows = []
@@ -81,7 +86,7 @@ def _scan(params, args, inner) -> list:
     if not rows:
         return [
             *carry,
-            *(np.zeros(v.aval.shape, v.aval.dtype)[None][:0] for v in params["jaxpr"].jaxpr.outvars[n_carry:]),
+            *(np.zeros(v.aval.shape, v.aval.dtype)[None][:0] for v in body.outvars[n_carry:]),
         ]
     return [*carry, *(jax.numpy.stack(column) for column in zip(*rows, strict=True))]
 

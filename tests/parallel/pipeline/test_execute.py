@@ -134,7 +134,7 @@ def test_one_stage_is_a_loop_without_branches_and_buffers(name, devices):
     assert not equations(one, "cond")
     assert equations(two, "cond"), "only some devices have the loss there"
     [loop] = equations(one, "scan")
-    assert loop.params["num_carry"] == 4, "the loss, and the gradients of three parameters"
+    assert len(loop.outvars) == 4, "the loss, and the gradients of three parameters"
 
 
 @pytest.mark.parametrize(("name", "ticks"), [("1f1b", "one-kind"), ("zb-h1", "mixed")])
