@@ -92,7 +92,11 @@ def show(config: PlanConfig) -> str:
         text += f"\n\n{config.plot}: the picture"
     if config.csv:
         to_csv(executor_order(outcome.skippipe), Path(config.csv).expanduser())
-        text += f"\n\n{config.csv}: the order of tasks; look at it with: jaxpar schedule {config.csv}"
+        text += (
+            f"\n\n{config.csv}: the order of tasks; look at it with: jaxpar schedule {config.csv}\n"
+            f"train with its paths: jaxpar train --skipping skip-paths --skipping.stages {config.stages} "
+            f"--skipping.microbatches {config.microbatches} --skipping.paths-file {config.csv}"
+        )
     return text
 
 

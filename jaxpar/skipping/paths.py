@@ -68,7 +68,9 @@ class SkipPaths(Fixed):
 
     Attributes:
       skipped: stages that each microbatch leaves out, never the first, all others equally often.
-      paths_file: a .csv file of paths instead, as `jaxpar plan --csv` writes it; its stages and microbatches count then.
+      paths_file: a .csv file of paths instead, as `jaxpar plan --csv` writes it, or with a line for each microbatch, its
+        stages in order; each must keep the rules of a path (`jaxpar.parallel.planner.problem.Rules`). Stages and
+        microbatches must be as many as there.
       gradients: sum: a stage that fewer microbatches visit learns from fewer, as in the authors' code; visits: its gradient
         is multiplied by M over its visits, which makes it a mean over those that visit it.
     """
@@ -93,7 +95,14 @@ class SkipPaths(Fixed):
         return _from_file(self.paths_file)
 
     def check(self, layers: int, rows: int, devices: int = 1) -> None:
-        paths = self.paths()
+        if self.paths_file is not None:
+            self._check_file(self.paths())
+        super().check(layers, rows, devices)
+
+    def _check_file(self, paths: tuple[tuple[int, ...], ...]) -> None:
+        from jaxpar.parallel.planner.check import check_paths
+        from jaxpar.parallel.planner.problem import Rules
+
         lengths = {len(path) for path in paths}
         if len(lengths) > 1:
             raise UserError(
@@ -106,7 +115,10 @@ class SkipPaths(Fixed):
                 f"{self.paths_file} has {len(paths)} paths over {used} stages, but {self.name} has microbatches = "
                 f"{self.microbatches} and stages = {self.stages}; set them to {len(paths)} and {max(used, self.stages)}"
             )
-        super().check(layers, rows, devices)
+        try:
+            check_paths(paths, Rules(self.stages, min(lengths)))
+        except ValueError as error:
+            raise UserError(f"{self.paths_file}: {error}") from error
 
     def gradient_scale(self, layers: int) -> Any:
         if self.gradients == "sum":
@@ -119,7 +131,10 @@ class SkipPaths(Fixed):
 def _from_file(file: str) -> tuple[tuple[int, ...], ...]:
     from jaxpar.parallel.pipeline.csv_format import paths_from_csv
 
-    return tuple(tuple(path) for path in paths_from_csv(file))
+    try:
+        return paths_from_csv(file)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ cells stands in lines that start with `#`, which are written only where they are
 
     # stages,0 3,1 2        the stages of each device, where some stage runs nothing
     # path,1,1 0 2 3        microbatch 1 visits its stages in this order, where it does not ascend
+
+Where only the paths count, a file may hold nothing else: a line a microbatch, its stages in the order in which they run
+(`0,2,1,3`). `paths_from_csv` reads both.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxpar.parallel.pipeline.tasks import Kind, Order, Placement, Task, check_paths
+from jaxpar.parallel.pipeline.tasks import Path as StagePath
 from jaxpar.parallel.pipeline.validate import validate_order
 
 LETTER = {Kind.F: "F", Kind.B: "B", Kind.BI: "I", Kind.BW: "W"}
@@ -53,7 +57,7 @@ def from_csv(source: str | Path, name: str | None = None) -> Order:
     else:
         if not Path(source).is_file():
             raise FileNotFoundError(f"{source}: there is no such file of tasks")
-        text, name = Path(source).read_text(), name or Path(source).stem
+        text, name = _text(source), name or Path(source).stem
     tasks: list[tuple[Task, ...]] = []
     grid, orders = None, {}
     for number, row in enumerate(csv.reader(io.StringIO(text)), 1):
@@ -84,6 +88,57 @@ def from_csv(source: str | Path, name: str | None = None) -> Order:
     order = Order(name, tuple(tasks), placement, _paths(tasks, orders, placement))
     validate_order(order)
     return order
+
+
+def paths_from_csv(file: str | Path) -> tuple[StagePath, ...]:
+    """The stages that each microbatch visits, in order, from a file of paths or of tasks.
+
+    In a file of paths, empty lines and lines that start with `#` are ignored, and so is what follows a `#`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a file that holds no path or is no text; a cell that is empty or no stage, or a stage that a path visits
+        twice, with the line; in a file of tasks whatever `from_csv` refuses.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: there is no such file of paths")
+    text = _text(file)
+    try:
+        lines = [(k, line.split("#")[0].strip()) for k, line in enumerate(text.splitlines(), 1)]
+        written = [(k, line) for k, line in lines if line]
+        if any(CELL.fullmatch(cell.strip()) for _, line in written for cell in line.split(",")):
+            return from_csv(file).paths
+        if not written:
+            raise ValueError(
+                "there is no path; give a line for each microbatch, its stages in order, for instance 0,2,3"
+            )
+        return tuple(_path(line, number) for number, line in written)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _text(file: str | Path) -> str:
+    try:
+        return Path(file).read_text()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: the file is not text in UTF-8; tasks and paths are written as CSV") from None
+
+
+def _path(text: str, line: int) -> StagePath:
+    path: list[int] = []
+    for cell in map(str.strip, text.split(",")):
+        if not cell:
+            raise ValueError(
+                f"line {line}: {text!r} has an empty cell; write the stages of a path one after another, 0,2,3"
+            )
+        if not (cell.isascii() and cell.isdigit()):
+            raise ValueError(
+                f"line {line}: {cell!r} is no stage; write whole numbers of at least 0, for instance 0,2,3"
+            )
+        if int(cell) in path:
+            raise ValueError(f"line {line}: the path visits stage {int(cell)} twice ({text}); once is the most")
+        path.append(int(cell))
+    return tuple(path)
 
 
 def _paths(tasks: Iterable[Iterable[Task]], orders: dict[int, tuple[int, ...]], placement: Placement):

@@ -232,3 +232,19 @@ class Capacity:
                     turns.append(turn)
             turn += 1
         return cls(routes, waves, tuple(starts), tuple(turns), visits // (stages - 1) if stages > 1 else 0, most)
+
+    def check(self, problem: Problem) -> None:
+        """Raises ValueError where routes, which are the same in every wave and iteration, must miss some stage."""
+        rules = problem.rules
+        visits, needed = self.routes * (rules.length - 1), rules.stages - 1
+        if visits < needed:
+            more = (
+                "give the nodes more memory"
+                if self.routes < problem.microbatches
+                else "have more microbatches"
+            )
+            raise ValueError(
+                f"{self.routes} path(s) of {rules.length} of {rules.stages} stages, {problem.microbatches} microbatch(es) in "
+                f"{self.waves} wave(s), visit {visits} of the {needed} stages behind the first, and the others would never be "
+                f"trained; {more}, or skip fewer stages"
+            )

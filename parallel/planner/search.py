@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxpar.parallel.planner import arrangement as arranging
 from jaxpar.parallel.planner import baselines
-from jaxpar.parallel.planner.check import check
+from jaxpar.parallel.planner.check import check, check_arrangement
 from jaxpar.parallel.planner.conflicts import Branch, Routes, avoid, search
 from jaxpar.parallel.planner.events import Simulator
 from jaxpar.parallel.planner.improve import improve
@@ -102,6 +102,7 @@ def plan(
         arrangement = arranging.arrange(problem, seed=seed, steps=arranging_steps, tell=saying)
     check_arrangement(problem, arrangement)
     capacity = Capacity.of(problem, arrangement)
+    capacity.check(problem)
     state.begin(capacity)
     finder = PathFinder(problem, arrangement)
     branch, optimal = _rules(state, finder, capacity)
@@ -113,7 +114,9 @@ def plan(
     make = lambda name, routes: Plan(name, problem, arrangement, state.spread(routes), capacity.routes)
     unrouted = make("DT-FM with skip", baselines.dtfm_skip(problem, arrangement, capacity))
     without, best = make("SkipPipe without TC2", branch.routes), make("SkipPipe", state.routes)
-    plans = (Plan("DT-FM", problem, arrangement, whole, wave), unrouted, without, best)
+    # Whole pipelines have all stages, whatever the rules say of paths that skip.
+    unskipped = replace(problem, rules=replace(problem.rules, length=problem.rules.stages))
+    plans = (Plan("DT-FM", unskipped, arrangement, whole, wave), unrouted, without, best)
     for made in plans:
         check(made)
     return Outcome(*plans, optimal, state.step, tuple(state.history))
@@ -204,15 +207,3 @@ def _improving(state: _State, problem: Problem, arrangement: Arrangement, capaci
         state.took("improving")
         if state.over:
             return
-
-
-def check_arrangement(problem: Problem, arrangement: Arrangement) -> None:
-    """Raises ValueError unless every stage has a node, and every node stands once."""
-    stages, size = arrangement.stages, problem.network.size
-    if len(stages) != problem.rules.stages:
-        raise ValueError(f"the arrangement has {len(stages)} stages, and the rules {problem.rules.stages}")
-    placed = sorted(n for nodes in stages for n in nodes)
-    if placed != list(range(size)):
-        raise ValueError(f"the arrangement places nodes {placed}; each of 0 to {size - 1} must stand exactly once")
-    if () in stages:
-        raise ValueError(f"stage {stages.index(())} has no node; give each stage one at least")
