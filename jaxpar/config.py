@@ -101,6 +101,7 @@ class RunConfig:
         after the other, without a pipeline.
       tensor: how products work on a mesh with tensor > 1.
       recovery: how stages of the model that are lost come back. A run whose failures it cannot recover does not start.
+        With checkfree_plus each second microbatch runs both ends in swapped order.
       failures: which stages are lost when.
       fake_devices: pretend that the CPU is this many devices. None: the real ones.
       distributed: several processes.
@@ -199,12 +200,45 @@ class RunConfig:
           UserError: skipping that does not suit the model or the batch; failures that do not suit the model or that the
             strategy cannot recover.
         """
-        if self.skipping is not None:
-            self.skipping.check(self.model.layers, self.rows, sizes["data"] * sizes["fsdp"])
         if self.recovers or not self.failures.none:
             from jaxpar.recovery.plan import walk
 
             walk(self.recovery, self.trace(sizes), self.steps, saved=self.checkpoint_every)
+        skipping = self.settled(sizes).skipping
+        if skipping is not None:
+            try:
+                skipping.check(self.model.layers, self.rows, sizes["data"] * sizes["fsdp"])
+            except UserError as error:
+                if skipping == self.skipping:
+                    raise
+                raise UserError(f"{error}; {self.recovery.name} swaps them; without: --recovery.no-swaps") from None
+
+    def settled(self, sizes: Mapping[str, int]) -> RunConfig:
+        """With the order of stages that the recovery strategy is meant for: where it swaps, 1F1B becomes the schedule
+        checkfree+, and without a pipeline each second microbatch takes a route with both ends swapped.
+
+        Raises:
+          UserError: a schedule or paths with an order of their own, or other stages than the pipeline's.
+        """
+        if not self.recovery.swaps:
+            return self
+        stages, given = self.failures.count(self.model.layers, sizes["stage"]), self.pipeline.schedule
+        instead = "or train without the swapped order: --recovery.no-swaps"
+        if not self.staged(sizes):
+            from jaxpar.skipping.together import with_swaps
+
+            return self.replace(skipping=with_swaps(self.skipping, stages, instead))
+        if given not in ("1f1b", "checkfree+"):
+            raise UserError(
+                f"pipeline.schedule = {given!r} does not swap the stages at both ends, for which {self.recovery.name} is "
+                f"meant; take checkfree+, {instead}"
+            )
+        if stages != sizes["stage"]:
+            raise UserError(
+                f"failures.stages = {stages}, but the pipeline, which swaps the stages at both ends for {self.recovery.name}, "
+                f"has {sizes['stage']}; leave failures.stages out, {instead}"
+            )
+        return self.replace(pipeline=replace(self.pipeline, schedule="checkfree+"))
 
     @property
     def recovers(self) -> bool:
@@ -216,7 +250,7 @@ class RunConfig:
         return self.failures.trace(self.failures.count(self.model.layers, sizes["stage"]), self.steps)
 
     def transforms(self) -> tuple:
-        """What is wrapped around the step, innermost first: routes are outside of accumulation, whose parts take the same
+        """What is wrapped around the step (of a config that is `settled`), innermost first: routes are outside of accumulation, whose parts take the same
         ones, and inside of what judges gradients."""
         accumulation, *rest = self.step.transforms()
         if self.skipping is None:

@@ -35,6 +35,7 @@ def explain_run(config: RunConfig, *, compiled: bool = False, topology: str | No
         config = config.replace(mesh=config.mesh.fit(len(tpu_devices(topology))), fake_devices=None)
     mesh = settled(config)
     config.check(mesh.sizes)
+    config = config.settled(mesh.sizes)
     staged = config.staged(mesh.sizes)
     # Before anything else asks for a device: it may have to make fake ones.
     made = lower_step(config, cfg, topology).compile() if compiled or topology else None
@@ -78,14 +79,14 @@ def settled(config: RunConfig) -> MeshConfig:
 
 
 def lower_step(config: RunConfig, cfg, topology: str | None = None):
-    """The training step, traced from shapes alone, to be compiled for this machine's devices or for those of a slice."""
+    """The training step of a settled config, traced from shapes alone, to be compiled for this machine's devices or for those
+    of a slice."""
     from jaxpar.ahead import lower
     from jaxpar.parallel.mesh import make_mesh
     from jaxpar.program import build
     from jaxpar.start import start
     from jaxpar.state import abstract_state
-    from jaxpar.step import chain
-    from jaxpar.steps.base import make_step
+    from jaxpar.whole_step import whole_step
 
     # Programs for devices that are not there cannot be read back from disk.
     start(fake_devices=config.fake_devices, compile_cache=config.compile_cache and topology is None)
@@ -100,7 +101,6 @@ def lower_step(config: RunConfig, cfg, topology: str | None = None):
         tensor=config.tensor,
         staged=config.staged(mesh_sizes(mesh)),
     )
-    tx = make(config.optimiser, program.specs, steps=config.steps)
-    step = chain(make_step(program.grad_fn, tx), *config.transforms())
+    step = whole_step(config, program)
     state = abstract_state(step, program, jax.random.key(0))
     return lower(step, program, state, config.data.batch, config.data.length)

@@ -20,20 +20,17 @@ from jaxpar.config import RunConfig
 from jaxpar.data.pipeline import Pipeline
 from jaxpar.errors import UserError
 from jaxpar.generation import check_prompts
-from jaxpar.optimisers import make
 from jaxpar.parallel.mesh import make_mesh, mesh_sizes
 from jaxpar.program import Program, build
-from jaxpar.recovery.base import Stages
 from jaxpar.recovery.loop import Losses, lower_repair, replayed
-from jaxpar.recovery.transform import placed
 from jaxpar.report.plots import loss_plot
 from jaxpar.report.progress import Progress
 from jaxpar.report.writers import JsonLines, TensorBoard, WeightsAndBiases, Writers
 from jaxpar.start import start
 from jaxpar.state import abstract_state
-from jaxpar.step import Batch, TrainState, chain
-from jaxpar.steps.base import make_step
+from jaxpar.step import Batch, TrainState
 from jaxpar.steps.ema import averaged
+from jaxpar.whole_step import whole_step
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
@@ -253,28 +250,26 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
     say = say if main else (lambda text: None)
     mesh = make_mesh(config.mesh)
     config.check(mesh_sizes(mesh))
-    transforms = config.transforms()
     pipeline = Pipeline(config.data, say)
     config = config.replace(model=config.model.replace(vocabulary=pipeline.vocabulary))
+    settled = config.settled(mesh_sizes(mesh))
+    if settled != config:
+        say(
+            f"{config.recovery.name}: each second microbatch runs the first two and the last two stages in swapped order"
+        )
     program = build(
         config.model,
         mesh,
         rows=config.rows,
         length=config.data.length,
-        pipeline=config.pipeline,
+        pipeline=settled.pipeline,
         sequence=config.sequence,
         tensor=config.tensor,
-        staged=config.staged(mesh_sizes(mesh)),
+        staged=settled.staged(mesh_sizes(mesh)),
     )
     for note in program.notes:
         say(note)
-    tx = make(config.optimiser, program.specs, steps=config.steps)
-    if config.recovers:
-        decay = None if config.step.ema is None else config.step.ema.decay
-        trace = config.trace(mesh_sizes(mesh))
-        stages = Stages(trace.stages, program.specs, mesh, program.rules, decay)
-        transforms = placed(transforms, config.recovery, stages)
-    step = chain(make_step(program.grad_fn, tx), *transforms)
+    step = whole_step(settled, program)
     if config.sample.tokens:
         check_prompts(config.model, [first_ids(pipeline.tokenizer, config.sample.prompt)], config.sample.tokens)
 
@@ -310,6 +305,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
         say(f"going on from step {meta.step} of {config.steps}, example {int(state.data_position)}")
     losses = None
     if not config.failures.none:
+        trace = config.trace(mesh_sizes(mesh))
         repair = lower_repair(step, program, target, config.data.batch, config.data.length, trace.stages)
 
         def again() -> TrainState:

@@ -142,6 +142,7 @@ class Recovery:
       needs_norms: `observe` is given the stages' gradient norms.
       copies: what it keeps a copy of: nothing, parts of stages, or the whole state.
       least: the fewest stages that it works with.
+      swaps: it is meant for models half of whose microbatches run both ends in swapped order; a run sees to that.
     """
 
     exact: ClassVar[bool] = False
@@ -149,6 +150,7 @@ class Recovery:
     needs_norms: ClassVar[bool] = False
     copies: ClassVar[Literal["", "parts", "state"]] = ""
     least: ClassVar[int] = 1
+    swaps: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -17,15 +17,17 @@ class CheckFreePlus(CheckFree):
     """CheckFree, and the first and the last stage by a copy of their neighbours (Blagoev et al. 2025, section 4.3).
 
     The copy is good where half of the microbatches run the first two and the last two stages in swapped order, so that each
-    learns its neighbour's work: the pipeline schedule `checkfree+`, or `jaxpar.recovery.swaps.swap_orders`. Embedding,
+    learns its neighbour's work: the pipeline schedule `checkfree+`, or `jaxpar.skipping.paths.SwapEnds`. Embedding,
     final norm and output projection are replicated, with their moments, on the second and the last but one stage after
     each step, and come back exactly (the paper speaks of weights alone, from which the trajectory would not go on).
 
     Attributes:
+      swaps: the run swaps them: it takes the schedule `checkfree+` in place of 1F1B, or without a pipeline such routes.
       edge_pairs: edges-only: the first and the last stage are copied, and the second and the last but one are averaged as
         all others, as the paper has it; both-ways: the stages of a swapped pair copy each other, as in the code.
     """
 
+    swaps: bool = True
     edge_pairs: Literal["edges-only", "both-ways"] = "edges-only"
 
     ends: ClassVar[bool] = True

@@ -54,6 +54,10 @@ class Composite(Recovery):
         return self.first.ends and self.then.ends
 
     @property
+    def swaps(self) -> bool:
+        return self.first.swaps or self.then.swaps
+
+    @property
     def copies(self) -> str:
         return max((m.copies for m in self._members.values()), key=("", "parts", "state").index)
 

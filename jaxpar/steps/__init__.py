@@ -18,5 +18,6 @@ Pairs whose order matters. `chain(step, a, b)`: b is outside, sees gradients fir
     clip_global / recovery               inside a clip CheckFree sees the norms that the clip left
     clip_per_stage / recovery            inside a clip CheckFree sees the norms that the clip left
 
-All other pairs commute. (A recovery strategy that keeps copies refuses to stand inside of what it must copy.) `StepConfig.transforms` has them in the order in which they work.
+All other pairs commute. (A recovery strategy that keeps copies refuses to stand inside of what it must copy.)
+`StepConfig.transforms` has them in the order in which they work.
 """

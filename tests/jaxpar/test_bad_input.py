@@ -155,6 +155,21 @@ CASES = [
         "{train} --layers 4 --recovery uniform-average --failures.at 2:3",
         ("step 2", "stage 3 of 4", "uniform-average", "--failures.fallible middle"),
     ),
+    Case(
+        "a schedule that does not swap",
+        "{train} --layers 4 --recovery checkfree-plus --mesh data=2,stage=4 --pipeline.schedule gpipe",
+        ("'gpipe' does not swap", "check-free-plus", "checkfree+", "--recovery.no-swaps"),
+    ),
+    Case(
+        "rows that cannot swap",
+        "{train} --layers 4 --recovery checkfree-plus --mesh data=8 --data.batch 8",
+        ("8 rows do not divide into", "microbatches = 2 on each of 8 devices", "nearest: 16", "--recovery.no-swaps"),
+    ),
+    Case(
+        "paths and swaps",
+        "{train} --layers 4 --recovery checkfree-plus --skipping skip-paths",
+        ("skip-paths", "an order of its own", "--recovery.no-swaps"),
+    ),
     Case("stages by layers", "{train} --recovery redundant --failures.stages 3", ("failures.stages = 3", "layers = 2")),
     Case(
         "failures in no file",

@@ -14,6 +14,7 @@ from jaxpar.recovery.checkpoint_rollback import CheckpointRollback
 from jaxpar.recovery.plan import walk
 from jaxpar.recovery.transform import RECOVERY
 from jaxpar.run import prepare
+from jaxpar.skipping.paths import SwapEnds
 from jaxpar.train import go
 from tests.recovery.small import model_of
 from tests.steps.tiny import assert_bitwise, numbers
@@ -90,7 +91,7 @@ def test_failures_are_shown_and_written(tmp_path, uninterrupted):
     plot; and a run that is cut off in between goes on bitwise, with the strategy's state: norms, rates, replicas."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = ("--recovery checkfree_plus --bump-mode compounding", LOST)
+    options = ("--recovery checkfree_plus --bump-mode compounding --no-swaps", LOST)
     state, counts, said = run(tmp_path / "whole", *options)
     assert counts == (4, 0)
     assert "step 13: lost stage 3 of 4: made anew" in said
@@ -117,9 +118,34 @@ def test_failures_are_shown_and_written(tmp_path, uninterrupted):
     assert strip(lines(cut)) == strip(records)
 
 
+@pytest.mark.parametrize(
+    ("options", "schedule", "kept"),
+    [("--mesh data=2,stage=4", "checkfree+", None), ("--skipping layerdrop --skipping.rate 0.25", "1f1b", 0.75)],
+)
+def test_edge_stages_are_trained_to_stand_in_for_each_other(options, schedule, kept, tmp_path):
+    """CheckFree+ brings its swapped order: in a pipeline as a schedule, elsewhere as routes, with what is skipped besides."""
+    options = ("--recovery checkfree_plus --steps 6 --data.batch 16 --evaluate-every 6 --failures.at 4:0", options)
+    config = configured(tmp_path, *options)
+    sizes = {"data": 2, "fsdp": 4, "stage": 1, **{k: v for k, v in vars(config.mesh).items() if v != 1}}
+    settled = config.settled(sizes)
+    assert settled.pipeline.schedule == schedule
+    order = settled.skipping if kept is None else settled.skipping.order
+    assert order == (None if kept is None else SwapEnds(2, stages=4))
+    plain = configured(tmp_path, *options, "--no-swaps")
+    assert plain.settled(sizes) == plain
+    _, counts, said = run(tmp_path, *options)
+    assert counts == (1, 0)
+    assert "step 4: lost stage 0 of 4: made anew" in said
+    assert "each second microbatch runs the first two and the last two stages in swapped order" in said
+    records = [r for r in lines(tmp_path) if "loss" in r]
+    assert len(records) == 6
+    shares = [r["skipping/kept"] for r in records if "skipping/kept" in r]
+    assert (np.mean(shares) == pytest.approx(kept, abs=0.2)) if kept else not shares
+
+
 def test_the_step_without_failures_is_not_compiled_again(tmp_path):
     """Losses are data: one program for steps, one for recoveries."""
-    done = prepare(configured(tmp_path, "--recovery check-free-plus", LOST), lambda text: None)
+    done = prepare(configured(tmp_path, "--recovery check-free-plus --no-swaps", LOST), lambda text: None)
     assert done.losses is not None
     with done:
         batch = next(done.batches())

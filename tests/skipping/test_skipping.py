@@ -1,5 +1,6 @@
 """Skipping strategies: their probabilities and paths, and a step with them."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -16,6 +17,7 @@ from jaxpar.presets import tiny
 from jaxpar.program import build
 from jaxpar.skipping.chance import LayerDrop, ProgressiveLayerDrop, StochasticDepth
 from jaxpar.skipping.paths import SkipPaths, SwapEnds
+from jaxpar.skipping.together import with_swaps
 from jaxpar.skipping.transform import skipping
 from jaxpar.step import chain
 from jaxpar.steps.accumulate import accumulate
@@ -201,6 +203,27 @@ def test_a_run_takes_a_strategy_by_name():
     paths = options.parse(tiny(), ["--skipping", "skip_paths"], prog="jaxpar train")
     with pytest.raises(UserError, match="stages = 4 do not divide the model's 2 layers"):
         paths.check({"data": 1, "fsdp": 1})
+
+
+@pytest.mark.quick
+def test_swaps_under_what_is_skipped_by_chance():
+    """What is drawn belongs to a layer, in whichever place it runs; microbatches become an even number."""
+    drop = StochasticDepth(3, rate=0.6)
+    both = with_swaps(drop, 4, "or")
+    assert both.microbatches == 6
+    swapped, drawn = both.route(5, KEY, 8), replace(drop, microbatches=6).route(5, KEY, 8)
+    np.testing.assert_array_equal(swapped.layers[1::2], np.tile([2, 3, 0, 1, 6, 7, 4, 5], (3, 1)))
+    np.testing.assert_array_equal(swapped.layers[::2], np.tile(np.arange(8), (3, 1)))
+    for name in ("keep", "scale"):
+        found, one = np.array(getattr(swapped, name)), np.array(getattr(drawn, name))
+        for m in range(6):
+            np.testing.assert_array_equal(found[m][np.argsort(np.array(swapped.layers[m]))], one[m])
+    assert not np.array_equal(drawn.keep, swapped.keep)
+    assert with_swaps(None, 6, "or") == SwapEnds(2, stages=6) == with_swaps(SwapEnds(2, stages=6), 6, "or")
+    with pytest.raises(UserError, match="skip-paths with stages = 4 has an order of its own"):
+        with_swaps(SkipPaths(), 4, "or")
+    with pytest.raises(UserError, match="9 rows do not divide into swap-ends's microbatches = 6"):
+        both.check(4, 9)
 
 
 def test_a_pipeline_refuses_routes(devices):

@@ -1,0 +1,248 @@
+"""What recovery costs: a step in which nothing is lost, and bringing a stage back.
+
+Command:   python -m jaxpar.experiments.bench.recovery               (about four minutes on two CPU cores)
+           python -m jaxpar.experiments.bench.recovery --quick       (a tiny model, few rounds)
+Expected:  a table, and results/recovery_<platform>.json. The goal for CheckFree's healthy step is 1.01 of the plain one.
+
+Healthy steps. The whole step of a Llama (forward, backward, clipping, AdamW; the state donated), plain and with each strategy
+that keeps something. A round runs one step of each, in turn and in the other direction the next time; quoted is the median over
+rounds of the ratio to the plain step of the same round. Beside it "again": the plain step against a second copy of itself, which
+says how much of a ratio is noise.
+
+Recoveries. The program that runs where a stage is lost (stage 1 of 4): its time, the bytes that it moves between machines (from
+its report), the bytes that the strategy keeps over all machines, and how far the stage's parameters are from those that were
+lost. On one device nothing is really sent: the bytes are what a stage a device would send. Going back to a checkpoint is timed
+with the file system that `--folder` is on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxpar import host_memory
+from jaxpar.experiments.bench.train_step import QUICK, SIZES, Size
+
+RESULTS = Path(__file__).resolve().parent / "results"
+STAGES, LOST = 4, 1
+
+
+def strategies() -> dict:
+    from jaxpar.recovery.checkfree import CheckFree
+    from jaxpar.recovery.checkfree_plus import CheckFreePlus
+    from jaxpar.recovery.copy_neighbour import CopyNeighbour
+    from jaxpar.recovery.random_init import RandomInit
+    from jaxpar.recovery.redundant import Redundant
+    from jaxpar.recovery.replica_peer import ReplicaPeer
+    from jaxpar.recovery.skip_stage import SkipStage
+    from jaxpar.recovery.snapshot import Snapshot
+    from jaxpar.recovery.uniform_average import UniformAverage
+
+    found = (
+        CheckFree(),
+        CheckFreePlus(),
+        UniformAverage(),
+        CopyNeighbour(),
+        RandomInit(),
+        SkipStage(),
+        Redundant(),
+        Snapshot(),
+        ReplicaPeer(),
+    )
+    return {strategy.name: strategy for strategy in found}
+
+
+def made(size: Size, strategy=None, replicas: int = 1):
+    """The step, a state and a batch, with a strategy or without one."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpar.optimisers import make
+    from jaxpar.optimisers_config import AdamW, Constant
+    from jaxpar.parallel.mesh import MeshConfig, make_mesh
+    from jaxpar.presets import llama
+    from jaxpar.program import build
+    from jaxpar.recovery.base import Stages
+    from jaxpar.recovery.transform import placed
+    from jaxpar.state import abstract_state
+    from jaxpar.step import Batch, chain
+    from jaxpar.steps.base import make_step
+    from jaxpar.steps.clip import clip_global
+
+    on_cpu = jax.default_backend() == "cpu"
+    cfg = llama(
+        size.layers,
+        size.width,
+        size.heads,
+        hidden=size.hidden,
+        vocabulary=size.vocabulary,
+        context=size.length,
+        layer_loop="unroll" if on_cpu else "scan",
+    )
+    program = build(cfg, make_mesh(MeshConfig(data=replicas), jax.devices()[:replicas]), rows=size.rows)
+    transforms = (clip_global(1.0),)
+    if strategy is not None:
+        transforms = placed(transforms, strategy, Stages(STAGES, program.specs, program.mesh, program.rules))
+    step = chain(
+        make_step(program.grad_fn, make(AdamW(schedule=Constant(1e-4)), program.specs, steps=10_000)), *transforms
+    )
+    target = abstract_state(step, program, jax.random.key(1))
+    places = jax.tree.map(lambda x: x.sharding, target)
+    state = jax.jit(step.init, out_shardings=places)(program.init(jax.random.key(0)), jax.random.key(1))
+    shape = (size.rows, size.length)
+    tokens = jax.random.randint(jax.random.key(2), shape, 0, size.vocabulary)
+    at, ones = jnp.broadcast_to(jnp.arange(size.length), shape), jnp.ones(shape, jnp.int32)
+    batch = Batch(tokens, jnp.roll(tokens, -1, 1), jnp.ones(shape), at, ones, jnp.arange(size.rows))
+    batch = jax.device_put(batch, program.batch_sharding)
+    return step, state, batch, target
+
+
+def stepping(size: Size, strategy=None) -> Callable[[], float]:
+    """A function that runs one step, waits for it, and returns the seconds that it took."""
+    import jax
+
+    step, state, batch, _ = made(size, strategy)
+    box, update = [state], jax.jit(step.update, donate_argnums=0)
+
+    def run() -> float:
+        start = time.perf_counter()
+        box[0], metrics = update(box[0], batch)
+        float(metrics["loss"])
+        return time.perf_counter() - start
+
+    run()
+    run()
+    return run
+
+
+def healthy(size: Size, rounds: int) -> dict:
+    """The ratio of a step's seconds to the plain step's, by strategy."""
+    kept = {
+        name: s
+        for name, s in strategies().items()
+        if name in ("check-free", "check-free-plus", "redundant", "snapshot")
+    }
+    steps = {"plain": stepping(size), "again": stepping(size)} | {n: stepping(size, s) for n, s in kept.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds):
+        for name in list(steps) if i % 2 else list(reversed(steps)):
+            seconds[name].append(steps[name]())
+    ratio = lambda name: statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
+    return {
+        name: {"ratio": ratio(name), "seconds": statistics.median(seconds[name]), "all": seconds[name]}
+        for name in steps
+    }
+
+
+def recoveries(size: Size, rounds: int, folder: Path) -> dict:
+    """Seconds, bytes and error of bringing one stage back, by strategy."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpar.checkpoint import Checkpoints
+    from jaxpar.recovery.transform import kept_bytes, recovery_program
+
+    failed, found = jnp.arange(STAGES) == LOST, {}
+    for name, strategy in strategies().items():
+        replicas = 2 if name == "replica-peer" else 1
+        if len(jax.devices()) < replicas:
+            continue
+        step, state, batch, _ = made(size, strategy, replicas)
+        state, _ = jax.jit(step.update)(state, batch)
+        repair = jax.jit(recovery_program(step))
+        _, metrics = jax.block_until_ready(repair(state, batch, failed))
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            jax.block_until_ready(repair(state, batch, failed))
+            seconds.append(time.perf_counter() - start)
+        told = {key.partition("/")[2]: float(value) for key, value in metrics.items()}
+        assert told["unrecovered"] == 0
+        found[name] = {
+            "seconds": statistics.median(seconds),
+            "bytes_moved": told["bytes_moved"],
+            "bytes_kept": kept_bytes(state),
+            "relative_error": told["relative_error"],
+            "exact": bool(told["exact"]),
+        }
+    _, state, _, target = made(size)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        checkpoints = Checkpoints(Path(place) / "checkpoints", config={"model": {}}, say=lambda text: None)
+        checkpoints.save(state, finite=True)
+        checkpoints.wait()
+        seconds = []
+        for _ in range(min(rounds, 5)):
+            start = time.perf_counter()
+            jax.block_until_ready(checkpoints.restore(target)[0].params)
+            seconds.append(time.perf_counter() - start)
+        checkpoints.close()
+    size_of_state = sum(x.nbytes for x in jax.tree.leaves(state))
+    found["checkpoint-rollback"] = {
+        "seconds": statistics.median(seconds),
+        "bytes_moved": float(size_of_state),
+        "bytes_kept": 0,
+        "relative_error": 0.0,
+        "exact": True,
+    }
+    return found
+
+
+def table(result: dict) -> str:
+    lines = [f"{'healthy step':<22}{'ms':>9}{'ratio to plain':>16}"]
+    lines += [f"{n:<22}{1e3 * f['seconds']:>9.2f}{f['ratio']:>16.4f}" for n, f in result["healthy"].items()]
+    lines += ["", f"{'recovery of a stage':<22}{'ms':>9}{'MB moved':>10}{'MB kept':>9}{'error':>9}"]
+    for name, f in result["recoveries"].items():
+        error = "exact" if f["exact"] else f"{f['relative_error']:.3f}"
+        moved, kept = f["bytes_moved"] / 1e6, f["bytes_kept"] / 1e6
+        lines.append(f"{name:<22}{1e3 * f['seconds']:>9.2f}{moved:>10.2f}{kept:>9.2f}{error:>9}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
+    parser.add_argument("--size", choices=[s.name for s in SIZES], default="small")
+    parser.add_argument("--rounds", type=int, default=60, help="steps of each kind that are counted")
+    parser.add_argument(
+        "--folder", type=Path, help="where a checkpoint is written for a while; the system's if left out"
+    )
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    options = parser.parse_args(argv)
+    host_memory.settle()
+    import jax
+
+    size = Size(**{**vars(QUICK), "layers": STAGES}) if options.quick else {s.name: s for s in SIZES}[options.size]
+    if size.layers % STAGES:
+        parser.error(
+            f"{size.name} has {size.layers} layers, which {STAGES} stages do not divide; choose small or large"
+        )
+    rounds = 3 if options.quick else options.rounds
+    result = {"healthy": healthy(size, rounds), "recoveries": recoveries(size, rounds, options.folder)}
+    print(table(result))
+    if len(jax.devices()) < 2:
+        print("replica-peer needs two devices and was not measured")
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "command": " ".join(["python -m jaxpar.experiments.bench.recovery", *(sys.argv[1:] if argv is None else argv)]),
+        "size": vars(size),
+        "rounds": rounds,
+    }
+    out = options.out or (None if options.quick else RESULTS / f"recovery_{jax.default_backend()}.json")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**about, "results": result}, indent=1))
+        print(f"raw figures: {out}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
