@@ -60,7 +60,7 @@ def from_csv(source: str | Path, name: str | None = None) -> Order:
         text, name = _text(source), name or Path(source).stem
     tasks: list[tuple[Task, ...]] = []
     grid, orders = None, {}
-    for number, row in enumerate(csv.reader(io.StringIO(text)), 1):
+    for number, row in enumerate(_rows(text), 1):
         cells = [cell.strip() for cell in row]
         if cells and cells[0] == "# stages":
             grid = tuple(_parse(cell, number) for cell in cells[1:])
@@ -115,6 +115,13 @@ def paths_from_csv(file: str | Path) -> tuple[StagePath, ...]:
         return tuple(_path(line, number) for number, line in written)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _rows(text: str) -> list[list[str]]:
+    try:
+        return list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ValueError(f"the file is no CSV: {error}") from error
 
 
 def _text(file: str | Path) -> str:

@@ -196,7 +196,10 @@ def _number(value: Any, what: str) -> float:
 
 def from_csv(text: str, name: str = "network") -> Network:
     """The network in a CSV text, a list or a matrix. Raises ValueError."""
-    rows = [[cell.split("#")[0].strip() for cell in row] for row in csv.reader(io.StringIO(text))]
+    try:
+        rows = [[cell.split("#")[0].strip() for cell in row] for row in csv.reader(io.StringIO(text))]
+    except csv.Error as error:
+        raise ValueError(f"this is no CSV: {error}") from error
     numbered = [(k, row) for k, row in enumerate(rows, 1) if any(row)]
     if not numbered:
         raise ValueError("the file is empty; start with a line such as node,NAME,REGION,SPEED,MEMORY")

@@ -64,6 +64,7 @@ def test_as_pytorch_writes_it():
         ("# path,0\n0F0,0B0\n", "line 1: a path is '# path,MICROBATCH,STAGE STAGE ...', not '# path,0'"),
         ("# path,3,0\n0F0,0B0\n", "'# path' names microbatch 3; microbatches are 0 to 0"),
         ("# path,0,0 0\n0F0,0B0\n", "microbatch 0 visits stage 0 twice"),
+        ("0F0,0B0\n1F0\r,1B0\n", "the file is no CSV: new-line character seen"),
     ],
 )
 def test_what_is_wrong_with_a_file(text, sentence):
