@@ -238,11 +238,7 @@ class Capacity:
         rules = problem.rules
         visits, needed = self.routes * (rules.length - 1), rules.stages - 1
         if visits < needed:
-            more = (
-                "give the nodes more memory"
-                if self.routes < problem.microbatches
-                else "have more microbatches"
-            )
+            more = "give the nodes more memory" if self.routes < problem.microbatches else "have more microbatches"
             raise ValueError(
                 f"{self.routes} path(s) of {rules.length} of {rules.stages} stages, {problem.microbatches} microbatch(es) in "
                 f"{self.waves} wave(s), visit {visits} of the {needed} stages behind the first, and the others would never be "
