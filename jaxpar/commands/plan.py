@@ -57,6 +57,7 @@ class PlanConfig:
 
 
 DEFAULT_SECONDS = 60.0
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def main(argv: list[str]) -> int | None:
@@ -82,6 +83,8 @@ def show(config: PlanConfig) -> str:
     for file in (config.plot, config.csv):
         if file and not Path(file).expanduser().resolve().parent.is_dir():
             raise FileNotFoundError(f"{file}: there is no folder {Path(file).expanduser().resolve().parent}")
+    if config.plot and Path(config.plot).suffix not in PICTURES:
+        raise ValueError(f"{config.plot}: a picture ends in {', '.join(PICTURES)}")
     made = problem(config)
     seconds = DEFAULT_SECONDS if config.seconds is None and config.steps is None else config.seconds
     with Bar(seconds, config.steps, quiet=config.quiet) as bar:
