@@ -1,0 +1,37 @@
+"""Number formats of few bits: MX and NV blocks, and integers and floats with a scale a tensor, a row or a group.
+
+fmt = formats.get("mxfp8_e4m3")             a frozen dataclass; no JAX is imported for it
+q = formats.quantise(w, fmt, axis=0)        a pytree: packed codes, scales
+formats.dequantise(q, jnp.bfloat16)
+formats.fake_quantise(x, "nvint4", -1)      rounded forwards, the identity backwards
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxpar.pallas_kernels.formats.format import NAMES, Format, get
+
+if TYPE_CHECKING:
+    from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, fake_quantise, quantise
+    from jaxpar.pallas_kernels.formats.rotation import rotate, signs
+
+_WITH_JAX = {
+    "Quantised": "quantised",
+    "dequantise": "quantised",
+    "fake_quantise": "quantised",
+    "quantise": "quantised",
+    "rotate": "rotation",
+    "signs": "rotation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Configurations name formats, and `jaxpar --help` must not import JAX.
+    if name in _WITH_JAX:
+        return getattr(importlib.import_module(f"{__name__}.{_WITH_JAX[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["NAMES", "Format", "Quantised", "dequantise", "fake_quantise", "get", "quantise", "rotate", "signs"]
