@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxpar.parallel.planner.arrangement import chains
-from jaxpar.parallel.planner.problem import Arrangement, Capacity, Problem, Route
+from jaxpar.parallel.planner.problem import Arrangement, Capacity, Problem, Route, Rules
 
 
 def dtfm(problem: Problem, arrangement: Arrangement) -> tuple[tuple[Route, ...], int]:
@@ -28,9 +28,9 @@ def dtfm_skip(problem: Problem, arrangement: Arrangement, capacity: Capacity) ->
     rules, stages = problem.rules, arrangement.stages
     pipelines = [dict(enumerate(route)) for route in chains(problem, arrangement)]
     load = [0] * problem.network.size
-    routes = []
+    order, routes = leaving_order(rules), []
     for r, start in enumerate(capacity.starts):
-        visited = _evenly(rules.stages, rules.length, r)
+        visited = _evenly(rules.length, order, r)
         cost = lambda pipe, visited=visited: (
             sum(load[pipe[k]] >= problem.memory[pipe[k]] for k in visited),
             sum(load[pipe[k]] for k in visited),
@@ -46,8 +46,22 @@ def dtfm_skip(problem: Problem, arrangement: Arrangement, capacity: Capacity) ->
     return tuple(routes)
 
 
-def _evenly(stages: int, length: int, route: int) -> list[int]:
+def leaving_order(rules: Rules) -> tuple[int, ...]:
+    """The stages but the first, in the order in which routes leave them out: as many from there on as a path skips.
+
+    Ascending, so that neighbours are left out together, unless paths would then jump too far; else every second, every third,
+    and so on. Any order loads stages evenly.
+    """
+    stages = range(1, rules.stages)
+    for step in stages:
+        order = tuple(sorted(stages, key=lambda k, step=step: (k % step, k)))
+        if all(rules.allows([0, *_evenly(rules.length, order, r)]) for r in range(rules.stages - 1)):
+            return order
+    return tuple(stages)
+
+
+def _evenly(length: int, order: tuple[int, ...], route: int) -> list[int]:
     """The stages but the first that a route visits: those left out follow on those that the route before left out."""
-    others, skipped = stages - 1, stages - length
-    out = {1 + (route * skipped + k) % others for k in range(skipped)} if others else set()
-    return [k for k in range(1, stages) if k not in out]
+    others, skipped = len(order), len(order) + 1 - length
+    out = {order[(route * skipped + k) % others] for k in range(skipped)}
+    return [k for k in sorted(order) if k not in out]

@@ -244,6 +244,26 @@ def test_dtfm_and_its_skips():
 
 
 @pytest.mark.quick
+def test_skipping_in_turns_keeps_the_rules_of_a_path():
+    """For every number of stages up to 16, and of those that are skipped, that the rules allow at all."""
+    seen = 0
+    for stages, jump in itertools.product(range(2, 17), range(1, 6)):
+        for length in range(2, stages + 1):
+            if (length - 1) * jump >= stages - 1:
+                rules = Rules(stages, length, jump=jump)
+                order = baselines.leaving_order(rules)
+                skipped = stages - length
+                turns = itertools.cycle(order)
+                left_out = [set(itertools.islice(turns, skipped)) for _ in range(stages - 1)]
+                assert sorted(order) == list(range(1, stages))
+                assert all(keeps_the_rules([s for s in range(stages) if s not in out], rules) for out in left_out)
+                seen += 1
+    assert seen > 300
+    assert baselines.leaving_order(Rules(6, 4)) == (1, 2, 3, 4, 5)
+    assert baselines.leaving_order(Rules(12, 8)) == (2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11)
+
+
+@pytest.mark.quick
 def test_fastest_paths_under_limits():
     """A* beside every path there is, with stages and nodes forbidden, stages wanted, and windows in which nodes are taken."""
     found = none = 0
