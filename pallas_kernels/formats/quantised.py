@@ -172,8 +172,10 @@ def _checked(x, fmt: str | Format, axis: int, stacked: int) -> tuple[Format, jax
 
 
 def _finite(x) -> None:
-    if bool(jnp.isfinite(x).all()):
-        return
+    # x may be a constant of something that is being traced.
+    with jax.ensure_compile_time_eval():
+        if bool(jnp.isfinite(x).all()):
+            return
     bad = np.argwhere(~np.isfinite(np.asarray(x, np.float32)))
     at = tuple(int(i) for i in bad[0])
     raise ValueError(
