@@ -76,5 +76,12 @@ def comparison(outcome: Outcome) -> list[str]:
             ]
         )
     proven = " SkipPipe without TC2 is proven the best by its slowest path." if outcome.optimal else ""
-    note = f"{outcome.steps} steps of search. DT-FM runs every stage; the others skip.{proven}"
-    return [*columns(rows), note]
+    rules = first.problem.rules
+    lines = [*columns(rows), f"{outcome.steps} steps of search. DT-FM runs every stage; the others skip.{proven}"]
+    if outcome.skippipe.problem.rules.length < rules.stages:
+        pipelines = len(set(first.paths))
+        lines.append(
+            f"On this arrangement DT-FM has {pipelines} pipeline(s), {pipelines * rules.stages} of "
+            f"{first.problem.network.size} nodes; with --skip 0 it has an arrangement of its own, which may be faster."
+        )
+    return lines

@@ -33,6 +33,9 @@ def test_a_plan(capsys):
     ]
     assert len(seconds) == 4
     assert seconds[2] >= seconds[3]
+    assert (
+        "On this arrangement DT-FM has 2 pipeline(s), 8 of 12 nodes; with --skip 0 it has" in out
+    )  # 4, 3, 3 and 2 nodes
     assert run(capsys, SMALL) == out
 
 
@@ -64,6 +67,7 @@ def test_a_network_of_ones_own(capsys, tmp_path):
     file.write_text("node,a\nnode,b\nnode,c,,0.5,2\nlink,a,b,5,100\nlink,a,c,5,100\nlink,b,c,5,1000\n")
     out = run(capsys, f"--network {file} --stages 2 --skip 0 --microbatches 4 --steps 20 --quiet")
     assert "mine: 3 nodes, 2 stages, 4 microbatch(es), 0 stage(s) skipped" in out
+    assert "--skip 0" not in out
     roomy = run(capsys, f"--network {file} --stages 2 --skip 0 --microbatches 4 --steps 20 --quiet --memory 4")
     assert "4 path(s), each for 1 microbatch(es)" in roomy
 
