@@ -2,7 +2,7 @@
 
 Command:   python -m jaxpar.experiments.skippipe.planner                  (4 networks, 5 ratios, 3 seeds; no device)
            python -m jaxpar.experiments.skippipe.planner --steps 40000 --seeds 10
-Expected:  6 min 29 s on 2 cores that others were using (Python 3.11.7); results/planner.json, .md and .png. Measured there, and
+Expected:  6 min 29 s (2 shared cores, Python 3.11.7); results/planner.json, .md and .png. Measured there, and
            published (`schedule.json` of SkipPipe's repository), for cloud20 with 2 of 6 stages skipped, median of 3 seeds:
 
                method                  seconds                published
@@ -11,13 +11,14 @@ Expected:  6 min 29 s on 2 cores that others were using (Python 3.11.7); results
                SkipPipe without TC2    38.2 (32.0 to 38.6)    35.43
                SkipPipe                34.4 (30.0 to 35.5)    33.31
 
-           The more is skipped the faster: 60, 52, 34 and 31 s for 0, 1, 2 and 3 of 6 stages, DT-FM 79. Routing is worth as
-           much where links are unlike (volunteers20), and little where they are alike: on homogeneous12 and racks16 a third
-           skipped in turns, with no eye to links, is as fast as without TC2.
+           The more is skipped the faster: 60, 52, 34 and 31 s for 0, 1, 2 and 3 of 6 stages, DT-FM 79. On volunteers20 links
+           are unlike, too, and routing saves as much. On homogeneous12 and racks16 it saves nothing without TC2 (35.1 s
+           against 36.5 for a third skipped in turns, and 20.4 against 20.2), and with it 30 and 11 %: collisions are all
+           there is to avoid. DT-FM on homogeneous12 takes 82 s on SkipPipe's arrangement, 42 on its own.
 
 Thirty microbatches; each takes 0.44 s and 34 MB at a sixth of the model (the workload of SkipPipe's published schedule).
 
-    DT-FM, evenly     whole pipelines on an arrangement of their own, with as many nodes for each stage as can be
+    DT-FM, evenly     whole pipelines on an arrangement of their own, with nodes spread evenly over the stages
     DT-FM             the same on SkipPipe's arrangement, which gives stage 0 more nodes: the published comparison
     DT-FM with skip   stages left out in turns, with no eye to links
     without TC2       conflict-based search under the hard rules alone: each path as fast as it can be alone
