@@ -7,6 +7,7 @@ both operands of a product along what it sums over.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,19 +48,22 @@ def rotate(x, block: int | None = None, axis: int = -1, *, signs: jax.Array | No
         )
     if signs is not None and signs.shape != (size,):
         raise ValueError(f"rotate: signs of the shape {signs.shape} for an axis of {size}")
-    dtype = x.dtype
-    y = x.astype(jnp.promote_types(dtype, jnp.float32))
+    return _rotate(x, signs, at, block, inverse)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _rotate(x, signs, at: int, block: int, inverse: bool):
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     line = None if signs is None else jnp.expand_dims(signs.astype(y.dtype), [i for i in range(x.ndim) if i != at])
     if line is not None and not inverse:
         y = y * line
-    before, behind = x.shape[:at], x.shape[at + 1 :]
-    half = 1
+    before, behind, half = x.shape[:at], x.shape[at + 1 :], 1
     while half < block:
-        pairs = y.reshape(*before, size // (2 * half), 2, half, *behind)
+        pairs = y.reshape(*before, x.shape[at] // (2 * half), 2, half, *behind)
         a, b = (jax.lax.index_in_dim(pairs, i, at + 1, keepdims=False) for i in (0, 1))
         y = jnp.stack([a + b, a - b], axis=at + 1).reshape(x.shape)
         half *= 2
     y = y * (1 / math.sqrt(block))
     if line is not None and inverse:
         y = y * line
-    return y.astype(dtype)
+    return y.astype(x.dtype)

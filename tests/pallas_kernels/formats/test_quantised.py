@@ -1,5 +1,6 @@
 """Quantised arrays against NumPy and ml_dtypes, code for code and scale for scale."""
 
+import itertools
 from functools import partial
 
 import hypothesis
@@ -22,7 +23,7 @@ FLOATS = {
     "e3m2": ml_dtypes.float6_e3m2fn, "e2m1": ml_dtypes.float4_e2m1fn,
 }  # fmt: skip
 BLOCKED = ["mxint8", "mxint6", "mxint4", "mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e3m2", "mxfp4", "nvint4", "nvfp4"]
-PLAIN = ["int8_tensor", "int8_row", "int4_g32", "fp8_e4m3_tensor", "fp8_e4m3_row", "fp8_e5m2_row", "fp6_e2m3_g16"]
+PLAIN = ["int8_row", "int4_g32", "fp8_e4m3_tensor", "fp8_e5m2_row", "fp6_e2m3_g16"]
 RULES = ["mxfp4-floor", "mxfp8-round", "mxfp8-ocp", "mxint8-asymmetric-ocp"]
 
 
@@ -130,7 +131,7 @@ def test_codes_scales_and_values_are_the_oracles(name):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["mxint8", "mxfp6", "nvfp4", "int4_g32", "fp8_e4m3_row", "int8_tensor"])
+@pytest.mark.parametrize("name", ["mxfp6", "nvfp4", "int8_row"])
 def test_any_dimension_is_the_last_one_turned(name):
     x = tensors()[:5].transpose(2, 0, 1)[:, :4]
     expected = formats.quantise(np.moveaxis(x, 0, -1), name)
@@ -161,7 +162,7 @@ def test_a_block_is_those_neighbours_and_no_others():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["mxint8", "nvfp4", "mxfp6"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp6"])
 def test_compiled_sliced_stacked_and_sharded_are_the_same_bits(name, devices):
     x = jnp.asarray(tensors()[:8])
     q = formats.quantise(x, name, 1 - 2, stacked=1)
@@ -203,19 +204,17 @@ def test_bits_and_bytes():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["mxint8", "mxfp8", "nvint4", "int8_row", "int8_tensor"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity(name, bad):
+def test_nan_and_infinity(name):
     """Said where that is possible; under jit they stay to be seen, in their block alone."""
     x = np.asarray(tensors()[0]).copy()
+    fmt = formats.get(name)
     clean = formats.dequantise(formats.quantise(x, name))
-    x[2, 40] = bad
-    with pytest.raises(ValueError, match=r"1 of its 256 values are NaN or infinite, the first at \(2, 40\)"):
-        formats.quantise(x, name)
-    for out in (
-        jax.jit(lambda a: formats.dequantise(formats.quantise(a, name)))(x),
-        formats.fake_quantise(x, name),
-    ):
-        fmt = formats.get(name)
+    traced = jax.jit(lambda a: formats.dequantise(formats.quantise(a, name)))
+    for bad, cast in itertools.product([np.nan, np.inf, -np.inf], [traced, lambda a: formats.fake_quantise(a, name)]):
+        x[2, 40] = bad
+        with pytest.raises(ValueError, match=r"1 of its 256 values are NaN or infinite, the first at \(2, 40\)"):
+            formats.quantise(x, name)
+        out = cast(x)
         touched = np.zeros(x.shape, bool)
         if fmt.block == "tensor":
             touched[:] = True
@@ -295,7 +294,7 @@ def test_stochastic_rounding_of_arrays():
     assert not np.array_equal(many[0], many[1])
 
 
-BOUNDS = ["mxint8", "mxint4", "mxfp8", "mxfp6_e3m2", "mxfp4", "int8_row", "fp8_e4m3_row"]
+BOUNDS = ["mxint8", "mxfp6_e3m2", "mxfp4", "int8_row", "fp8_e4m3_row"]
 
 
 @pytest.mark.parametrize("name", BOUNDS)
