@@ -13,6 +13,10 @@ Expected:  about ten minutes on two CPU cores; a table for each part, a plot, an
     ticks      lock-step seconds over the ideal m·(F + B), for each schedule, in its better form (nothing runs).
     memory     temporary bytes of a compiled step against the number of microbatches: 1F1B, GPipe, GPipe by autodiff.
     bytes      what a compiled step permutes over stage and sequence, over what the formulas say.
+    flops      executed FLOPs of matrix products of all devices together, over those of the same batch on one device: 1 is
+               ideal. Loops are multiplied out; a product that stands in a branch counts as if it always ran.
+    processes  seconds of a step of two processes with a device each, joined by Gloo, over those of one process with two
+               devices, and the relative difference of their losses.
 
 Each part runs in a process of its own, because the number of fake devices is fixed when JAX starts.
 """
@@ -21,6 +25,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,8 +37,10 @@ from pathlib import Path
 from jaxpar import host_memory
 from jaxpar.experiments.bench.train_step import RESULTS, describe
 
-PARTS = {"overhead": 1, "compile": 16, "ticks": 1, "memory": 4, "bytes": 8}
+PARTS = {"overhead": 1, "compile": 16, "ticks": 1, "memory": 4, "bytes": 8, "flops": 4, "processes": 2}
 """Each part and its fake devices."""
+JOINED = ("data=2", "fsdp=2", "tensor=2", "stage=2", "sequence=2")
+"""Meshes of two devices, in one process or in two."""
 ROUNDS = 25
 
 
@@ -225,7 +234,99 @@ def moved() -> dict:
     return {name: {"bytes": got, "formula": want, "ratio": got / want} for name, (got, want) in found.items()}
 
 
-RUN = {"overhead": overhead, "compile": compile_time, "ticks": ticks, "memory": memory, "bytes": moved}
+def product_flops(hlo: str) -> int:
+    """2·n·m·k of every matrix product that a device executes in a compiled program."""
+    from jaxpar.parallel.hlo import parse
+
+    module = parse(hlo)
+    dims = lambda shape: [int(n) for n in re.findall(r"\d+", re.search(r"\[([\d,]*)\]", shape)[1])]
+    total = 0
+    for run in module.runs()[0]:
+        for one in (inside for instruction in run.body for inside in module.fused(instruction)):
+            if one.opcode == "dot":
+                left = dims(module.named[one.operands[0]].shape)
+                contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
+                inner = math.prod(left[int(d)] for d in contracted.split(",") if d)
+                total += run.times * 2 * math.prod(dims(one.shape)) * inner
+    return total
+
+
+def flops() -> dict:
+    from jaxpar.parallel.pipeline.config import PipelineConfig
+    from jaxpar.parallel.sequence.config import SequenceConfig
+
+    def of(cfg, mesh_text, m, **how) -> int:
+        f, args = gradients(cfg, mesh_text, m, rows, length, **how)
+        return product_flops(f.lower(*args).compile().as_text())
+
+    rows, length = 16, 64
+    cfg, found = model(8, 64), {}
+    by_layer = model(8, 64, remat="full")
+    plain, remade, one = of(cfg, "data=1", 8), of(by_layer, "data=1", 8), of(cfg, "data=1", 1)
+    for name in ("1f1b", "interleaved", "zb-h1", "zb-v"):
+        for keep, base in (("residuals", plain), ("inputs", remade)):
+            got = 4 * of(cfg, "stage=4", 8, pipeline=PipelineConfig(name, 8, keep=keep))
+            found[f"{name}, {keep}, 4 stages, 8 microbatches"] = {"flops": got, "ratio": got / base}
+    for mesh in ("data=4", "fsdp=4", "tensor=4"):
+        got = 4 * of(cfg, mesh, 1)
+        found[mesh] = {"flops": got, "ratio": got / one}
+    for kind, layout in (("ring", "contiguous"), ("ring", "zigzag"), ("ulysses", "contiguous")):
+        got = 4 * of(cfg, "sequence=4", 1, sequence=SequenceConfig(kind, layout=layout))
+        found[f"sequence=4, {kind}, {layout}"] = {"flops": got, "ratio": got / one}
+    return found
+
+
+def step_times() -> dict:
+    """By mesh: the median of a step's seconds, and its loss."""
+    import jax
+
+    from jaxpar.parallel.pipeline.config import PipelineConfig
+
+    found = {}
+    for mesh in JOINED:
+        pipeline = PipelineConfig("1f1b", 4) if "stage" in mesh else None
+        f, args = gradients(model(4, 128), mesh, 1, 8, 128, pipeline)
+        run, seconds = f.lower(*args).compile(), []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            loss = float(jax.block_until_ready(run(*args)).loss_sum)
+            seconds.append(time.perf_counter() - start)
+        found[mesh] = {"seconds": statistics.median(seconds[2:]), "loss": loss}
+    return found
+
+
+def processes() -> dict:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jaxpar.experiments.bench.parallel", "--here", "--parts", "processes"]
+    joined = [
+        subprocess.Popen([*command, "--join", f"127.0.0.1:{port}", str(i)], stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    texts = [one.communicate()[0] for one in joined]
+    if any(one.returncode for one in joined):
+        raise RuntimeError(f"the two processes ended with {[one.returncode for one in joined]}")
+    two, alone = json.loads(texts[0].splitlines()[-1]), step_times()
+    return {
+        mesh: {
+            "ratio": two[mesh]["seconds"] / alone[mesh]["seconds"],
+            "seconds": two[mesh]["seconds"],
+            "loss differs": abs(two[mesh]["loss"] / alone[mesh]["loss"] - 1),
+        }
+        for mesh in JOINED
+    }
+
+
+RUN = {
+    "overhead": overhead,
+    "compile": compile_time,
+    "ticks": ticks,
+    "memory": memory,
+    "bytes": moved,
+    "flops": flops,
+    "processes": processes,
+}
 
 
 def plot(found: dict, file: Path) -> None:
@@ -256,12 +357,26 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--here", action="store_true", help="run one part in this process and print it as JSON")
+    parser.add_argument("--join", nargs=2, metavar=("ADDRESS", "PROCESS"), help="be one of the two processes")
     parser.add_argument("--out", type=Path, default=RESULTS / "parallel.json", help="the JSON file to write")
     options = parser.parse_args(argv)
     if options.here:
         from jaxpar.parallel.mesh import fake_devices
 
         [part] = options.parts
+        if options.join:
+            from jaxpar.start import start
+
+            start(
+                fake_devices=1,
+                compile_cache=False,
+                coordinator=options.join[0],
+                processes=2,
+                process=int(options.join[1]),
+            )
+            found = step_times()
+            print(json.dumps(found))
+            return found
         host_memory.settle()
         fake_devices(PARTS[part])
         found = RUN[part]()

@@ -1,6 +1,6 @@
 """What recovery costs: a step in which nothing is lost, and bringing a stage back.
 
-Command:   python -m jaxpar.experiments.bench.recovery               (about four minutes on two CPU cores)
+Command:   python -m jaxpar.experiments.bench.recovery --fake-devices 2       (about four minutes on two CPU cores)
            python -m jaxpar.experiments.bench.recovery --quick       (a tiny model, few rounds)
 Expected:  a table, and results/recovery_<platform>.json. The goal for CheckFree's healthy step is 1.01 of the plain one.
 
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from jaxpar import host_memory
 from jaxpar.experiments.bench.train_step import QUICK, SIZES, Size
+from jaxpar.parallel.mesh import fake_devices
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STAGES, LOST = 4, 1
@@ -209,6 +210,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
     parser.add_argument("--size", choices=[s.name for s in SIZES], default="small")
+    parser.add_argument("--fake-devices", type=int, help="make the CPU look like so many: replica-peer needs two")
     parser.add_argument("--rounds", type=int, default=60, help="steps of each kind that are counted")
     parser.add_argument(
         "--folder", type=Path, help="where a checkpoint is written for a while; the system's if left out"
@@ -216,6 +218,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     options = parser.parse_args(argv)
     host_memory.settle()
+    if options.fake_devices is not None:
+        fake_devices(options.fake_devices)
     import jax
 
     size = Size(**{**vars(QUICK), "layers": STAGES}) if options.quick else {s.name: s for s in SIZES}[options.size]
@@ -227,7 +231,7 @@ def main(argv: list[str] | None = None) -> dict:
     result = {"healthy": healthy(size, rounds), "recoveries": recoveries(size, rounds, options.folder)}
     print(table(result))
     if len(jax.devices()) < 2:
-        print("replica-peer needs two devices and was not measured")
+        print("replica-peer needs two devices and was not measured: --fake-devices 2")
     about = {
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
