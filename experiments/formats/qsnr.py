@@ -132,7 +132,7 @@ def study(options) -> dict[str, Any]:
     del params
     results = {}
     for kind, axis in zip(KINDS, (-1, 0), strict=True):
-        for pair in theory.PAIRS:
+        for pair in (pair for pair in theory.PAIRS if pair[0] in options.pairs):
             for rotated in (False, True):
                 row = compare(found[kind], axis, pair, rotated)
                 results[f"{kind}, {pair[0]} and {pair[1]}, {'rotated' if rotated else 'plain'}"] = {
@@ -165,21 +165,14 @@ def plot(found: dict, file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for ax, kind in zip(axes, KINDS, strict=True):
         rows = [r for r in found["results"].values() if r["kind"] == kind]
-        for i, (integer, floating) in enumerate(theory.PAIRS):
-            for j, rotated in enumerate((False, True)):
-                [row] = [r for r in rows if r["integer"] == integer and r["rotated"] == rotated]
-                for k, (name, value) in enumerate(zip((integer, floating), row["qsnr"], strict=True)):
-                    place = i * 5 + 2 * j + k
-                    ax.bar(place, value, color=("tab:blue", "tab:orange")[k], alpha=0.55 if rotated else 1.0)
-                    ax.text(
-                        place,
-                        1,
-                        name + (", rotated" if rotated else ""),
-                        rotation=90,
-                        ha="center",
-                        va="bottom",
-                        fontsize=7,
-                    )
+        for i, row in enumerate(rows):
+            rotated = row["rotated"]
+            for k, (name, value) in enumerate(zip((row["integer"], row["float"]), row["qsnr"], strict=True)):
+                # A pair and its rotated form side by side, then a gap.
+                place = 2 * i + i // 2 + k
+                ax.bar(place, value, color=("tab:blue", "tab:orange")[k], alpha=0.55 if rotated else 1.0)
+                label = name + (", rotated" if rotated else "")
+                ax.text(place, 1, label, rotation=90, ha="center", va="bottom", fontsize=7)
         ax.set(title=kind, xticks=[])
     axes[0].set_ylabel("signal over quantisation noise (dB), mean of tensors")
     figure.tight_layout()
@@ -190,6 +183,8 @@ def plot(found: dict, file: Path) -> None:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma", help="gemma, tiny, or a Hugging Face folder or GGUF file")
+    integers = [pair[0] for pair in theory.PAIRS]
+    parser.add_argument("--pairs", nargs="*", default=integers, choices=integers, help="by the integer format")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row of the text")
     parser.add_argument(
