@@ -12,12 +12,17 @@ from typing import Literal
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, NoPositions, Rope
+from jaxpar.models.residual.attention_residuals import AttentionResiduals
+from jaxpar.models.residual.deep_delta import DeepDelta
+from jaxpar.models.residual.dense_former import DenseFormer
+from jaxpar.models.residual.hyper_connections import HyperConnections
+from jaxpar.models.residual.manifold import ManifoldHyperConnections
 from jaxpar.models.residual.plain import Plain
 
 Norm = RMSNorm | LayerNorm
 Positions = Rope | Learned | NoPositions
 FeedForward = GatedMLP | MLP
-Residual = Plain
+Residual = Plain | DenseFormer | AttentionResiduals | HyperConnections | ManifoldHyperConnections | DeepDelta
 
 Remat = Literal["none", "full", "dots"]
 Dtype = Literal["float32", "bfloat16"]
@@ -128,6 +133,7 @@ class ModelConfig:
                 f"rotary embeddings turn pairs, but {self.positions.rotated(self.head_size)} of model.head_size = "
                 f"{self.head_size} dimensions are rotated; choose an even number"
             )
+        self.residual.check(self)
 
     def replace(self, **changes) -> ModelConfig:
         """A copy with other values; derived sizes (kv_heads, head_size, hidden) keep what they were."""

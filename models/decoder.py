@@ -26,6 +26,7 @@ from jaxpar.models.cache import KVCache
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops, dropout
 from jaxpar.models.loss import cross_entropy
+from jaxpar.models.residual import write_once
 from jaxpar.models.route import Route
 from jaxpar.models.shards import cut, join
 from jaxpar.models.spec import Normal, ParamSpec
@@ -70,6 +71,8 @@ def spec(cfg: ModelConfig) -> Tree:
     """Every parameter's `ParamSpec`, layers stacked."""
     embedding = {"tokens": ParamSpec((cfg.vocabulary, cfg.width), ("vocabulary", "embed"), Normal(cfg.init_std))}
     head = {"norm": cfg.norm.spec(cfg.width)}
+    if residual := cfg.residual.head_spec(cfg):
+        head["residual"] = residual
     if not cfg.tied_embeddings:
         head["unembed"] = {
             "kernel": ParamSpec((cfg.width, cfg.vocabulary), ("embed", "vocabulary"), Normal(cfg.init_std))
@@ -135,17 +138,19 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
     pages = None if ctx.cache is None else (ctx.cache.k, ctx.cache.v)
 
     def layer(kind, params, state, pages, number, i):
-        run = lambda state, ctx, tables: layers.block(cfg, params, state, pages, ctx, tables, number, i, kind)
-        if len(contexts) == 1:
-            return run(state, ctx, *tables)
-        # Side by side in one layer: no part waits for what another sends.
-        return tuple(run(*part)[0] for part in zip(state, contexts, tables, strict=True)), pages
+        state, pages = layers.side_by_side(cfg, params, state, pages, contexts, tables, number, i, kind)
+        return layers.committed(cfg, state, number, len(contexts)), pages
 
     def one(kind, params, state, pages, number, i, keep, scale):
         run = partial(layers.remat(cfg, partial(layer, kind)), params)
         new, new_pages = layers.perhaps(keep, run, state, pages, number, i)
         return layers.scaled(scale, state, new), new_pages
 
+    if cfg.residual.write_once:
+        cfg.residual.check_route(ctx.route)
+        if pages is None:
+            states = write_once.loop(cfg, uncommitted(cfg), stacked, states, (contexts, tables), layers_n)
+            return (states[0] if len(contexts) == 1 else states), Aux()
     if cfg.layer_loop == "unroll":
         at = lambda x, i: None if x is None else x[i]
         for i, params in enumerate(layers.unstack(stacked)):
@@ -161,6 +166,23 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
         (state, pages), _ = jax.lax.scan(body, (state, pages), xs)
     cache = None if pages is None else ctx.cache.replace(k=pages[0], v=pages[1])
     return state, Aux(cache=cache)
+
+
+def uncommitted(cfg: ModelConfig):
+    """A layer as `write_once.loop` takes it: it closes over no array."""
+
+    def layer(given, params, states, number):
+        contexts, tables = given
+        kind = layers.kinds_of(cfg, np.asarray(number) if isinstance(number, int) else number)
+
+        def run(params, states):
+            state = states[0] if len(contexts) == 1 else states
+            state, _ = layers.side_by_side(cfg, params, state, None, contexts, tables, number, None, kind)
+            return (state,) if len(contexts) == 1 else state
+
+        return layers.remat(cfg, run)(params, states)
+
+    return layer
 
 
 def through(cfg: ModelConfig, params: Tree, state, ctx: Context) -> tuple[Any, Aux]:
@@ -179,7 +201,8 @@ def unembedding(cfg: ModelConfig, params: Tree):
 
 def final_norm(cfg: ModelConfig, params: Tree, state):
     """What the output projection sees: [B, T, D]."""
-    return cfg.norm(params["head"]["norm"], cfg.residual.final(cfg, state))
+    x_BxTxD = cfg.residual.final(cfg, params["head"].get("residual", {}), state)
+    return cfg.norm(params["head"]["norm"], x_BxTxD)
 
 
 def logits_of(cfg: ModelConfig, params: Tree, x_BxTxD, ops: Ops):

@@ -13,6 +13,7 @@ from jaxpar.models import cache as kv
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, dropout
 from jaxpar.models.positions import Rope, rotate, turns
+from jaxpar.models.residual.base import Streams
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 from jaxpar.pallas_kernels.attention import ATTENTION_LSE, ATTENTION_OUT, MaskSpec
 
@@ -56,7 +57,7 @@ def spec(cfg: ModelConfig) -> Tree:
             branch["post_norm"] = cfg.norm.spec(D)
     layer = {"attention": attention, "feedforward": feedforward}
     if residual := cfg.residual.spec(cfg):
-        layer["residual"] = {"attention": residual, "feedforward": residual}
+        layer["residual"] = residual
     return layer
 
 
@@ -90,7 +91,7 @@ class Tables:
 
 def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
     """See `Tables`. Positions come from the context, or count from the cache's lengths."""
-    B, S, _ = jax.eval_shape(lambda s: cfg.residual.final(cfg, s), state).shape
+    B, S = cfg.residual.tokens(state)
     T = S * ctx.ops.shards.shards
     positions_BxT = ctx.positions_of((B, T))
     distinct = kinds(cfg)
@@ -119,7 +120,8 @@ def _pick(rows, kind):
 
 
 def attention_branch(cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Context, tables: Tables, i, kind):
-    """Queries, keys, values, positions, cache, attention and output projection.
+    """Queries, keys, values, positions, cache, attention and output projection. x may be `Streams`, one for each of the
+    three.
 
     Returns [B, S, D] and the cache pages with these tokens' keys and values at layer i (or None).
     """
@@ -133,7 +135,11 @@ def attention_branch(cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Contex
         return ops.constrain(y, ("batch", "length", axis, "head_size"))
 
     axes = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
-    products = ops.columns(x_BxSxD, [params[name]["kernel"] for name in axes])
+    kernels = [params[name]["kernel"] for name in axes]
+    if isinstance(x_BxSxD, Streams):
+        products = [y for x, kernel in zip(x_BxSxD[:3], kernels, strict=True) for y in ops.columns(x, [kernel])]
+    else:
+        products = ops.columns(x_BxSxD, kernels)
     q, k, v = (finished(name, axis, y) for (name, axis), y in zip(axes.items(), products, strict=True))
     if tables.cos is not None:
         cos, sin = _pick(tables.cos, kind), _pick(tables.sin, kind)
@@ -158,23 +164,46 @@ def attention_branch(cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Contex
 
 
 def block(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Tables, layer, i, kind):
-    """Layer `layer` of the model, the i-th of the slice at hand: `(state, pages) -> (state, pages)`."""
-    mixers = params.get("residual", {"attention": {}, "feedforward": {}})
+    """Layer `layer` of the model, the i-th of the slice at hand: `(state, pages) -> (state, pages)`. The state is not
+    committed."""
+    mixer = params.get("residual", {})
+
+    def normed(own, x):
+        x = cfg.norm(own["norm"], x) if "norm" in own else x
+        return ctx.ops.constrain(x, ("batch", "length", "embed"))
 
     def branch(name, site, run, state):
         own = params[name]
-        x = cfg.residual.read(cfg, mixers[name], state, layer)
-        x = cfg.norm(own["norm"], x) if "norm" in own else x
-        x = ctx.ops.constrain(x, ("batch", "length", "embed"))
+        x, told = cfg.residual.read(cfg, mixer, state, layer, name)
+        if isinstance(x, Streams):
+            norms = [own if norm is None else {"norm": norm} for norm in (None, *(x.norms or (None, None)))]
+            x = Streams(*map(normed, norms, x[:3]))
+        else:
+            x = normed(own, x)
         y, rest = run(own, x)
         y = ctx.ops.constrain(y, ("batch", "stream", "embed"))
         y = cfg.norm(own["post_norm"], y) if "post_norm" in own else y
         y = dropout(cfg, ctx, y, layer, site)
-        return cfg.residual.write(cfg, mixers[name], state, y, layer), rest
+        return cfg.residual.write(cfg, mixer, state, told, y, layer, name), rest
 
     state, pages = branch("attention", 1, lambda p, x: attention_branch(cfg, p, x, pages, ctx, tables, i, kind), state)
     state, _ = branch("feedforward", 2, lambda p, x: (cfg.feedforward.apply(cfg, p, x, ctx.ops), None), state)
     return state, pages
+
+
+def side_by_side(cfg: ModelConfig, params: Tree, state, pages, contexts: list[Context], tables: list, layer, i, kind):
+    """`block` on each of the parts that rows go in: no part waits for what another sends."""
+    if len(contexts) == 1:
+        return block(cfg, params, state, pages, contexts[0], tables[0], layer, i, kind)
+    run = lambda state, ctx, tables: block(cfg, params, state, pages, ctx, tables, layer, i, kind)[0]
+    return tuple(run(*part) for part in zip(state, contexts, tables, strict=True)), pages
+
+
+def committed(cfg: ModelConfig, state, layer, parts: int = 1):
+    """The state behind a layer, or the tuple of its parts."""
+    if parts == 1:
+        return cfg.residual.commit(cfg, state, layer)
+    return tuple(cfg.residual.commit(cfg, part, layer) for part in state)
 
 
 def perhaps(keep, run, state, pages, *args):

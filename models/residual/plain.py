@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxpar.models.residual.base import DepthMixer
+
 
 @dataclass(frozen=True)
-class Plain:
-    """`x ← x + branch(x)`.
-
-    The interface of every residual operator. `state` is what is carried from layer to layer (a pytree whose shapes do
-    not depend on the layer); `params` are this layer's own entries, sliced from the stack.
-    """
-
-    def spec(self, cfg) -> dict:
-        """Parameters for one layer (stacked by the caller)."""
-        return {}
+class Plain(DepthMixer):
+    """`x ← x + branch(x)`."""
 
     def init(self, cfg, x_BxTxD):
-        """The state at the first layer, from the embedding."""
         return x_BxTxD
 
-    def read(self, cfg, params, state, layer):
-        """What a branch of `layer` sees: [B, T, D]."""
-        return state
+    def tokens(self, state):
+        return state.shape[:2]
 
-    def write(self, cfg, params, state, y_BxTxD, layer):
-        """The state after a branch of `layer` gave `y`."""
+    def read(self, cfg, params, state, layer, site):
+        return state, None
+
+    def write(self, cfg, params, state, told, y_BxTxD, layer, site):
         return state + y_BxTxD
 
-    def final(self, cfg, state):
-        """What the head sees: [B, T, D]."""
+    def final(self, cfg, params, state):
         return state
-
-    def to_wire(self, cfg, state):
-        """The payload that crosses a pipeline boundary: a pytree of static shapes."""
-        return state
-
-    def from_wire(self, cfg, wire):
-        """The state behind a pipeline boundary."""
-        return wire

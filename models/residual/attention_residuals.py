@@ -1,0 +1,129 @@
+"""Attention Residuals: each branch reads a softmax over what the branches before it gave (Kimi Team 2026)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxpar.models.lazy import jax, jnp
+from jaxpar.models.residual.base import Deltas, Stack, again, masked, number_of, seen, weighted
+from jaxpar.models.spec import Constant, ParamSpec
+
+
+@dataclass(frozen=True)
+class AttentionResiduals(Deltas):
+    """`h_s = Σ_i softmax_i(w_s · RMSNorm_s(v_i)) · v_i` over the embedding v_0 and the outputs v_1 ... v_s of the branches
+    before (arXiv 2603.15031, eq. 2 to 4); with no 1/√D. The head reads so too. Branches count from 0, attention even.
+
+    With `block = S > 1` the outputs of S branches in a row are summed, and sources are the embedding, the sums of whole
+    blocks and that of the block at hand so far (section 3.2). The last block may be shorter. S = 1 is the full form.
+
+    Equal to the plain stream at initialisation, for every block size, under "pre" norms: queries start at zero, so each
+    read is the sources' mean, the plain stream over their number, and the norm behind it takes the factor out, but for
+    its epsilon (1e-4 of a logit at 1e-6). Under "post" norms the branch sees the factor.
+
+    Attributes:
+      block: branches whose outputs are one source.
+      phases: "two": attention and feed-forward of a layer look at the whole blocks together, once, and each merges the rest by
+        its log-sum-exp (algorithm 1, for the two branches of a layer instead of all of a block, whose parameters no turn
+        of a loop over layers has at hand). "direct": each looks at them itself.
+      epsilon: of the norm of keys.
+    """
+
+    block: int = 1
+    phases: Literal["direct", "two"] = "direct"
+    epsilon: float = 1e-6
+
+    def check(self, cfg) -> None:
+        if not 1 <= self.block <= 2 * cfg.layers:
+            raise ValueError(
+                f"residual.block = {self.block} branches is outside 1 to {2 * cfg.layers}, the branches of model.layers = "
+                f"{cfg.layers} layers; {2 * cfg.layers} makes one block of them all"
+            )
+
+    def reader(self, cfg) -> dict:
+        return {
+            "query": ParamSpec((cfg.width,), ("norm",), Constant(0.0), decay=False),
+            "scale": ParamSpec((cfg.width,), ("norm",), Constant(1.0), decay=False),
+        }
+
+    def spec(self, cfg) -> dict:
+        return {"attention": self.reader(cfg), "feedforward": self.reader(cfg)}
+
+    def head_spec(self, cfg) -> dict:
+        return self.reader(cfg)
+
+    def flops(self, cfg) -> int:
+        sources = 2 + cfg.layers / self.block
+        return round(2 * 2 * 2 * cfg.width * sources)
+
+    def slots(self, cfg) -> int:
+        return 1 + -(-2 * cfg.layers // self.block)
+
+    def places(self, cfg, layer) -> tuple:
+        # A block's slot is written by each of its branches, and read once it is whole.
+        return tuple(1 + (2 * layer + i) // self.block for i in range(2))
+
+    def init(self, cfg, x_BxTxD) -> Stack:
+        return super().init(cfg, x_BxTxD)._replace(carry=jnp.zeros_like(x_BxTxD))
+
+    def logits(self, params, x):
+        """How much a reader likes sources [..., D]: float32 [...]. Norm and product in one pass, in float32."""
+        x = x.astype(jnp.float32)
+        w_D = params["query"].astype(jnp.float32) * params["scale"].astype(jnp.float32)
+        return (x @ w_D) * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + self.epsilon)
+
+    def partial_softmax(self, params, slots_nxBxTxD, last):
+        """Over the slots up to `last`: weighted sum, maximum and sum of exponentials, unnormalised."""
+        slots, mask = seen(slots_nxBxTxD, last)
+        s_nxBxT = masked(mask, self.logits(params, slots), -jnp.inf)
+        m_BxT = jax.lax.stop_gradient(s_nxBxT.max(0))
+        e_nxBxT = jnp.exp(s_nxBxT - m_BxT[None])
+        return weighted(e_nxBxT, slots), m_BxT, e_nxBxT.sum(0)
+
+    def merged(self, params, whole, rest_BxTxD, there):
+        """`whole` slots and one more source, where it is `there`."""
+        o_BxTxD, m_BxT, l_BxT = whole
+        s_BxT = jnp.where(there, self.logits(params, rest_BxTxD), -jnp.inf)
+        top_BxT = jax.lax.stop_gradient(jnp.maximum(m_BxT, s_BxT))
+        old_BxT, new_BxT = jnp.exp(m_BxT - top_BxT), jnp.exp(s_BxT - top_BxT)
+        total_BxT = l_BxT * old_BxT + new_BxT
+        o_BxTxD = o_BxTxD.astype(jnp.float32) * (old_BxT / total_BxT)[..., None]
+        return (o_BxTxD + rest_BxTxD.astype(jnp.float32) * (new_BxT / total_BxT)[..., None]).astype(rest_BxTxD.dtype)
+
+    def mix(self, cfg, params, slots, layer, rest_BxTxD, first):
+        """A branch's input: attention's (`first`) or the feed-forward's."""
+        branch, name = (2 * layer, "attention") if first else (2 * layer + 1, "feedforward")
+        whole = self.partial_softmax(params[name], slots, 2 * layer // self.block)
+        return self.merged(params[name], whole, rest_BxTxD, branch % self.block != 0 if first else True)
+
+    def both(self, cfg, params, slots, layer):
+        """Of both branches of a layer: their parts of the whole blocks."""
+        last = 2 * layer // self.block
+        return tuple(self.partial_softmax(params[name], slots, last) for name in ("attention", "feedforward"))
+
+    def read(self, cfg, params, state: Stack, layer, site):
+        first = site == "attention"
+        # What attention gave is a source of its own or the block's sum so far: by now a source in any case.
+        rest_BxTxD = state.carry if first else state.fresh[0]
+        if self.phases == "direct":
+            run = lambda cfg, params, slots, layer, rest: self.mix(cfg, params, slots, layer, rest, first)
+            return again(run, cfg, params, state.slots, layer, rest_BxTxD), None
+        both = again(self.both, cfg, params, state.slots, layer) if first else state.stream
+        there = 2 * number_of(layer) % self.block != 0 if first else True
+        return self.merged(params[site], both[not first], rest_BxTxD, there), both
+
+    def write(self, cfg, params, state: Stack, told, y_BxTxD, layer, site) -> Stack:
+        branch = 2 * number_of(layer) + (site == "feedforward")
+        before = state.carry if site == "attention" else state.fresh[0]
+        starts = branch % self.block == 0
+        new = y_BxTxD if self.block == 1 else jnp.where(starts, y_BxTxD, before + y_BxTxD)
+        if site == "attention":
+            return state._replace(fresh=(new,), stream=told)
+        ends = (branch + 1) % self.block == 0
+        return state._replace(fresh=(*state.fresh, new), carry=jnp.where(ends, jnp.zeros_like(new), new), stream=None)
+
+    def final(self, cfg, params, state: Stack):
+        branches = 2 * cfg.layers
+        whole = self.partial_softmax(params, state.slots, branches // self.block)
+        return self.merged(params, whole, state.carry, branches % self.block != 0)

@@ -1,0 +1,244 @@
+"""The residual stream as an operator over depth: what every mixer is asked, and the two types of those that keep sources.
+
+A decoder's branch (attention or feed-forward) reads one input, and what it gives is written back. Plainly the stream is one
+vector a token; a mixer may keep several, or every layer's, and combine them in its own way. All mixers here look at
+one token at a time, so nothing of a mixer is kept from one decoding step to the next, and keys and values, which are made
+from mixed inputs, stay right.
+
+What a mixer keeps says its type:
+
+    DepthMixer    a state of fixed size, rewritten by every branch (plain, hyper-connections, delta rule)
+    Deltas        sources are what layers or branches *gave*, the embedding first: their plain sum is the stream
+    Cumulative    sources are the *states* behind each layer, the embedding first: the newest is the stream
+
+Softmax reads over the second kind where the first is meant collapse (every state holds all before it), so the base
+classes write, and a mixer of one type cannot store the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from jaxpar.models.lazy import jax, jnp
+
+Tree = Any
+Site = Literal["attention", "feedforward"]
+
+
+class Streams(NamedTuple):
+    """Inputs of attention's three projections, where they differ: each [B, T, D].
+
+    Attributes:
+      norms: parameters of the norms of key and value. None: all three have the branch's.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    norms: tuple | None = None
+
+
+@dataclass(frozen=True)
+class DepthMixer:
+    """The interface. `state` is a pytree whose shapes do not depend on the layer: it is carried through the loop over
+    layers and across pipeline boundaries. `params` are this layer's own entries, sliced from the stack; `layer` may be
+    traced.
+
+    Attributes:
+      sources: what the mixer combines (static).
+      write_once: whether the state holds a buffer with a slot for each source, see `jaxpar.models.residual.write_once`.
+    """
+
+    sources: ClassVar[Literal["state", "deltas", "cumulative"]] = "state"
+    write_once: ClassVar[bool] = False
+
+    def check(self, cfg) -> None:
+        """Raises ValueError where this mixer cannot be combined with the model; `cfg` has its derived sizes."""
+
+    def spec(self, cfg) -> dict:
+        """Parameters for one layer (stacked by the caller)."""
+        return {}
+
+    def head_spec(self, cfg) -> dict:
+        """Parameters of what the head reads, which no layer has."""
+        return {}
+
+    def flops(self, cfg) -> int:
+        """Forward matmul FLOPs for one token of one layer, on average over the layers."""
+        return 0
+
+    def init(self, cfg, x_BxTxD):
+        """The state at the first layer, from the embedding."""
+        raise NotImplementedError
+
+    def tokens(self, state) -> tuple[int, int]:
+        """Rows and tokens, (B, T)."""
+        raise NotImplementedError
+
+    def read(self, cfg, params, state, layer, site: Site) -> tuple[Any, Any]:
+        """What a branch of `layer` sees, [B, T, D] or (attention) `Streams`, and what `write` is to be told of it."""
+        raise NotImplementedError
+
+    def write(self, cfg, params, state, told, y_BxTxD, layer, site: Site):
+        """The state after a branch of `layer` gave `y`."""
+        raise NotImplementedError
+
+    def commit(self, cfg, state, layer):
+        """The state behind `layer`, once both of its branches are written."""
+        return state
+
+    def final(self, cfg, params, state):
+        """What the head sees: [B, T, D]. `params`: those of `head_spec`."""
+        raise NotImplementedError
+
+    def to_wire(self, cfg, state):
+        """The payload that crosses a pipeline boundary: a pytree of static shapes."""
+        return state
+
+    def from_wire(self, cfg, wire):
+        """The state behind a pipeline boundary."""
+        return wire
+
+
+class Stack(NamedTuple):
+    """The state of a mixer that keeps sources. n slots; slots that no layer has written yet are zero.
+
+    Attributes:
+      slots: [n, B, T, D]; slot 0 is the embedding.
+      carry: what else goes from layer to layer.
+      fresh: the sources of the layer at hand, which `commit` puts in their slots; empty between layers.
+      stream: what the layer's second branch is told by its first; None between layers.
+    """
+
+    slots: Any
+    carry: Any = None
+    fresh: tuple = ()
+    stream: Any = None
+
+
+@dataclass(frozen=True)
+class StackMixer(DepthMixer):
+    """Keeps a source of every layer: one slot a layer unless a mixer says otherwise."""
+
+    write_once: ClassVar[bool] = True
+
+    def slots(self, cfg) -> int:
+        """How many slots there are."""
+        return cfg.layers + 1
+
+    def check_route(self, route) -> None:
+        """Raises ValueError where layers take a route: a layer that is left out leaves no source."""
+        if route is not None:
+            raise ValueError(
+                f"{type(self).__name__} reads a source of every layer before it, and a route leaves layers out or scales "
+                "them; train without skipping, or with residual = Plain or another operator without sources"
+            )
+
+    def places(self, cfg, layer) -> tuple:
+        """The slots that `layer` writes, in the order of `Stack.fresh`. A later layer may write one again as long as
+        nobody read it before."""
+        return (layer + 1,)
+
+    def init(self, cfg, x_BxTxD) -> Stack:
+        # Padded, not set into zeros: the buffer lies over the devices as the embedding does.
+        rest = (0, self.slots(cfg) - 1)
+        return Stack(jnp.pad(x_BxTxD[None], (rest, (0, 0), (0, 0), (0, 0))))
+
+    def tokens(self, state: Stack) -> tuple[int, int]:
+        return state.slots.shape[1:3]
+
+    def mix(self, cfg, params, slots_nxBxTxD, layer):
+        """Inputs of a layer, from the sources before it: `(what attention sees, the stream that the layer adds to)`."""
+        raise NotImplementedError
+
+    def commit(self, cfg, state: Stack, layer) -> Stack:
+        slots = state.slots
+        for place, fresh in zip(self.places(cfg, layer), state.fresh, strict=True):
+            slots = jax.lax.dynamic_update_index_in_dim(slots, fresh, place, 0)
+        return Stack(slots, state.carry)
+
+
+@dataclass(frozen=True)
+class Cumulative(StackMixer):
+    """A layer adds its branches to a mix of the states before it; the sum is the next source."""
+
+    sources: ClassVar[Literal["cumulative"]] = "cumulative"
+
+    def read(self, cfg, params, state: Stack, layer, site: Site):
+        if site == "feedforward":
+            return state.stream, state.stream
+        return again(self.mix, cfg, params, state.slots, layer)
+
+    def write(self, cfg, params, state: Stack, told, y_BxTxD, layer, site: Site) -> Stack:
+        new = told + y_BxTxD
+        return state._replace(stream=new) if site == "attention" else state._replace(fresh=(new,))
+
+    def final(self, cfg, params, state: Stack):
+        return state.slots[-1]
+
+
+@dataclass(frozen=True)
+class Deltas(StackMixer):
+    """The feed-forward branch sees the layer's input plus attention's output; the sum of both outputs is the next
+    source."""
+
+    sources: ClassVar[Literal["deltas"]] = "deltas"
+
+    def read(self, cfg, params, state: Stack, layer, site: Site):
+        if site == "feedforward":
+            given, x = state.stream
+            return x + given, given
+        return again(self.mix, cfg, params, state.slots, layer)
+
+    def write(self, cfg, params, state: Stack, told, y_BxTxD, layer, site: Site) -> Stack:
+        if site == "attention":
+            return state._replace(stream=(y_BxTxD, told))
+        return state._replace(fresh=(told + y_BxTxD,))
+
+
+def number_of(layer):
+    """A layer's number that is known as an int, so that later slots are cut off and not masked; one that is traced as it
+    is."""
+    return layer if hasattr(layer, "aval") else int(layer)
+
+
+def again(mix: Callable, cfg, params, slots, layer, *more):
+    """`mix`, computed again in the backward pass: the buffer itself is all that is kept of it, and no copy of it."""
+    layer = number_of(layer)
+    if isinstance(layer, int):
+        run = lambda params, slots, *more: mix(cfg, params, slots, layer, *more)
+        return jax.checkpoint(run, prevent_cse=False)(params, slots, *more)
+    run = lambda params, slots, layer, *more: mix(cfg, params, slots, layer, *more)
+    return jax.checkpoint(run, prevent_cse=False)(params, slots, layer, *more)
+
+
+def seen(slots, last):
+    """The slots up to and with `last`, and a mask of those that are visible among them (None: all).
+
+    Args:
+      last: an int, which cuts the others off, or traced.
+    """
+    if isinstance(last, int):
+        return slots[: last + 1], None
+    return slots, jnp.arange(slots.shape[0]) <= last
+
+
+def masked(mask, weights_n, value=0.0):
+    """Weights [n, ...] of slots, `value` where a slot is not visible."""
+    if mask is None:
+        return weights_n[...]
+    return jnp.where(mask.reshape(-1, *(1,) * (weights_n.ndim - 1)), weights_n, value)
+
+
+def weighted(weights, slots_nxBxTxD):
+    """Σ_i weights_i · slots_i, summed in float32, in the slots' dtype. Weights: [n] or [n, B, T]."""
+    kind = "n,nbtd->btd" if weights.ndim == 1 else "nbt,nbtd->btd"
+    total = jnp.einsum(kind, weights.astype(slots_nxBxTxD.dtype), slots_nxBxTxD, preferred_element_type=jnp.float32)
+    return total.astype(slots_nxBxTxD.dtype)
+
+
+def slot(slots, i):
+    """Slot `i`, which may be traced."""
+    return slots[i] if isinstance(i, int) else jax.lax.dynamic_index_in_dim(slots, i, 0, keepdims=False)

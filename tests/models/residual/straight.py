@@ -1,0 +1,163 @@
+"""The depth mixers once more: a decoder of straight-line Python, layer after layer, with no scan, buffer, mask or cache,
+written from the papers' formulas. It shares no line with the models that it is compared with."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import sigmoid, silu, softmax
+
+EPSILON = 1e-6
+
+
+def rms(x, epsilon=EPSILON):
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
+
+
+class Decoder:
+    """Pre-norm layers of a `ModelConfig` without positions, with as many key/value heads as heads."""
+
+    def __init__(self, cfg, params):
+        self.cfg, self.params = cfg, params
+        self.layers, self.L = params["layers"], cfg.layers
+        self.head = params["head"].get("residual", {})
+
+    def own(self, i):
+        """Layer i's mixer parameters."""
+        pick = lambda tree: {k: pick(v) if isinstance(v, dict) else v[i] for k, v in tree.items()}
+        return pick(self.layers.get("residual", {}))
+
+    def attention(self, i, q, k=None, v=None, gains=(None, None)):
+        p = self.layers["attention"]
+        gain = p["norm"]["scale"][i]
+        q, k, v = (
+            rms(x, self.cfg.norm.epsilon) * (gain if g is None else g)
+            for x, g in zip((q, q if k is None else k, q if v is None else v), (None, *gains), strict=True)
+        )
+        q, k, v = (
+            jnp.einsum("btd,dhk->bhtk", x, p[n]["kernel"][i])
+            for x, n in zip((q, k, v), ("query", "key", "value"), strict=True)
+        )
+        s = jnp.einsum("bhtk,bhsk->bhts", q, k) / np.sqrt(q.shape[-1])
+        s = jnp.where(np.tril(np.ones(s.shape[-2:], bool)), s, -np.inf)
+        return jnp.einsum("bhts,bhsk,hkd->btd", softmax(s, axis=-1), v, p["out"]["kernel"][i])
+
+    def feedforward(self, i, x):
+        p = self.layers["feedforward"]
+        x = rms(x, self.cfg.norm.epsilon) * p["norm"]["scale"][i]
+        return (silu(x @ p["gate"]["kernel"][i]) * (x @ p["up"]["kernel"][i])) @ p["down"]["kernel"][i]
+
+    def branch(self, s, h):
+        return self.feedforward(s // 2, h) if s % 2 else self.attention(s // 2, h)
+
+    def logits(self, tokens):
+        table = self.params["embedding"]["tokens"]
+        h = MIXERS[type(self.cfg.residual).__name__](self, self.cfg.residual, table[tokens])
+        h = rms(h, self.cfg.norm.epsilon) * self.params["head"]["norm"]["scale"]
+        return h @ table.T
+
+
+def plain(m, _, x):
+    for s in range(2 * m.L):
+        x = x + m.branch(s, x)
+    return x
+
+
+def dense_former(m, r, x):
+    X, y = [x], x
+    for i in range(1, m.L + 1):
+        h = y + m.attention(i - 1, y)
+        X.append(h + m.feedforward(i - 1, h))
+        a = (m.own(i) if i < m.L else m.head)["average"]
+        y = X[i]
+        if i % r.period == 0:
+            y = sum((a[j] + (j == i)) * X[j] for j in range(i + 1) if (i - j) % r.dilation == 0)
+    return y
+
+
+def attention_residuals(m, r, x):
+    given = []
+
+    def read(p, s):
+        sums = [sum(given[n : n + r.block]) for n in range(0, s, r.block)]
+        v = jnp.stack([x, *sums])
+        w = softmax((rms(v, r.epsilon) * p["scale"]) @ p["query"], axis=0)
+        return (w[..., None] * v).sum(0)
+
+    for s in range(2 * m.L):
+        given.append(m.branch(s, read(m.own(s // 2)[("attention", "feedforward")[s % 2]], s)))
+    return read(m.head, 2 * m.L)
+
+
+def hyper_connections(m, r, x):
+    N = r.streams
+    X = jnp.stack([x] * N)
+    for s in range(2 * m.L):
+        p = m.own(s // 2)[("attention", "feedforward")[s % 2]]
+        t = jnp.tanh(rms(X, r.epsilon) @ p["dynamic"])
+        a = jnp.eye(N)[s % N] + p["read"]
+        a = a[:, None, None] + p["scales"][0] * t[..., 0]
+        A = (jnp.eye(N) + p["mix"])[:, None, None] + p["scales"][0] * t[..., 1:-1]
+        b = (1 + p["write"])[:, None, None] + p["scales"][1] * t[..., -1]
+        y = m.branch(s, sum(a[i][..., None] * X[i] for i in range(N)))
+        X = jnp.stack([sum(A[i, ..., j, None] * X[i] for i in range(N)) + b[j][..., None] * y for j in range(N)])
+    return X.sum(0)
+
+
+def manifold(m, r, x):
+    N = r.streams
+    X = jnp.stack([x] * N)
+    for s in range(2 * m.L):
+        p = m.own(s // 2)[("attention", "feedforward")[s % 2]]
+        flat = rms(jnp.concatenate(list(X), -1), r.epsilon)
+        t = flat @ p["dynamic"].reshape(-1, N * N + 2 * N)
+        pre = sigmoid(p["scales"][0] * t[..., :N] + p["read"])
+        post = 2 * sigmoid(p["scales"][1] * t[..., N : 2 * N] + p["write"])
+        R = jnp.exp(p["scales"][2] * t[..., 2 * N :].reshape(*t.shape[:2], N, N) + p["mix"])
+        for _ in range(r.iterations):
+            R = R / R.sum(-2, keepdims=True)
+            R = R / R.sum(-1, keepdims=True)
+        y = m.branch(s, sum(pre[..., i, None] * X[i] for i in range(N)))
+        X = jnp.stack([sum(R[..., i, j, None] * X[j] for j in range(N)) + post[..., i, None] * y for i in range(N)])
+    return X.sum(0)
+
+
+def deep_delta(m, r, x):
+    V = r.channels
+    X = jnp.stack([x] * V)
+
+    def compress(p):
+        if V == 1:
+            return X[0]
+        w, K = p["compress"]["mix"], p["compress"]["mix"].shape[0]
+        left, out = (K - 1) // 2, 0
+        for u in range(V):
+            inside = [j for j in range(K) if 0 <= u + j - left < V]
+            out = out + p["compress"]["read"][u] * sum(w[j] * X[u + j - left] for j in inside)
+        return out
+
+    for s in range(2 * m.L):
+        own = m.own(s // 2)
+        p = own[("attention", "feedforward")[s % 2]]
+        h = compress(own)
+        beta = 2 * sigmoid(rms(h) @ p["gate"]["weight"] + p["gate"]["bias"])
+        match r.value:
+            case "constant":
+                v = jnp.full((*h.shape[:2], V), 2.0)
+            case "linear":
+                v = rms(h) @ p["value"]["weight"] + p["value"]["bias"]
+            case "sigmoid":
+                v = 4 * sigmoid(h @ p["value"]["weight"] + p["value"]["bias"])
+        y = m.branch(s, h)
+        k = y / jnp.sqrt((y * y).sum(-1, keepdims=True) + r.epsilon**2)
+        old = [(k * X[c]).sum(-1) if r.update == "delta" else 0.0 for c in range(V)]
+        X = jnp.stack([X[c] + (beta * (v[..., c] - old[c]))[..., None] * k for c in range(V)])
+    return compress(m.head)
+
+
+MIXERS = {
+    "Plain": plain,
+    "DenseFormer": dense_former,
+    "AttentionResiduals": attention_residuals,
+    "HyperConnections": hyper_connections,
+    "ManifoldHyperConnections": manifold,
+    "DeepDelta": deep_delta,
+}
