@@ -13,16 +13,33 @@ from jaxpar.models.feedforward.dense import MLP, GatedMLP
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, NoPositions, Rope
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
+from jaxpar.models.residual.cross_attention import DeepCrossAttention
 from jaxpar.models.residual.deep_delta import DeepDelta
 from jaxpar.models.residual.dense_former import DenseFormer
+from jaxpar.models.residual.depth_window import DepthWindow
+from jaxpar.models.residual.elc_bert import ElcBert
 from jaxpar.models.residual.hyper_connections import HyperConnections
 from jaxpar.models.residual.manifold import ManifoldHyperConnections
+from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.residual.plain import Plain
+from jaxpar.models.residual.vertical import VerticalAttention
 
 Norm = RMSNorm | LayerNorm
 Positions = Rope | Learned | NoPositions
 FeedForward = GatedMLP | MLP
-Residual = Plain | DenseFormer | AttentionResiduals | HyperConnections | ManifoldHyperConnections | DeepDelta
+Residual = (
+    Plain
+    | AttentionResiduals
+    | HyperConnections
+    | ManifoldHyperConnections
+    | DeepDelta
+    | MuddFormer
+    | DeepCrossAttention
+    | DenseFormer
+    | ElcBert
+    | VerticalAttention
+    | DepthWindow
+)
 
 Remat = Literal["none", "full", "dots"]
 Dtype = Literal["float32", "bfloat16"]

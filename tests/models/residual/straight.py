@@ -3,7 +3,7 @@ written from the papers' formulas. It shares no line with the models that it is 
 
 import jax.numpy as jnp
 import numpy as np
-from jax.nn import sigmoid, silu, softmax
+from jax.nn import gelu, relu, sigmoid, silu, softmax
 
 EPSILON = 1e-6
 
@@ -153,6 +153,85 @@ def deep_delta(m, r, x):
     return compress(m.head)
 
 
+def elc_bert(m, r, x):
+    H = [x]
+
+    def average(logits):
+        w = softmax(logits)
+        return sum(w[i] * H[i] for i in range(len(H)))
+
+    for layer in range(m.L):
+        base = r.variant == "base"
+        h = average(m.own(layer)["average"][: len(H)] + base * np.eye(len(H))[-1])
+        a = m.attention(layer, h)
+        out = a + m.feedforward(layer, a if base else h + a)
+        if r.variant == "normalized":
+            out = out - out.mean(-1, keepdims=True)
+            out = out / jnp.sqrt((out * out).mean(-1, keepdims=True) + 1e-7)
+        H.append(out)
+    return average(m.head["average"]) if r.variant == "weighted_output" else H[-1]
+
+
+def vertical(m, r, x):
+    X = [x]
+    for layer in range(m.L):
+        w = softmax(m.own(layer)["average"][: len(X)])
+        h = sum(w[j] * rms(X[j], r.epsilon) for j in range(len(X)))
+        h = h + m.attention(layer, h)
+        X.append(h + m.feedforward(layer, h))
+    return X[-1]
+
+
+def cross_attention(m, r, x):
+    given = []
+
+    def network(p):
+        G = [x, *given]
+        if r.latest is not None:
+            middle, latest = given[: -r.latest], given[-r.latest :]
+            G = [x, sum(middle, jnp.zeros_like(x)), *reversed(latest)]
+        total = 0
+        for i, g in enumerate(G):
+            w = p["weights"][i] + (relu(g @ p["dynamic"][i])[..., None] if r.version == 3 else 0)
+            total = total + w * g
+        return total
+
+    for layer in range(m.L):
+        q, k, v = (network(m.own(layer)[name]) for name in ("query", "key", "value"))
+        a = m.attention(layer, q, k, v)
+        given.append(a + m.feedforward(layer, q + a))
+    return network(m.head)
+
+
+def mudd(m, r, x):
+    X = [x]
+
+    def sums(p):
+        t = gelu(rms(X[-1], r.epsilon) * p["scale"] @ p["inner"], approximate=False)
+        n = len(X)
+        A = jnp.einsum("btk,kcn->btcn", t, p["outer"][..., :n]) + p["static"][:, :n]
+        return [sum((A[..., c, j, None] + (j == n - 1)) * X[j] for j in range(n)) for c in range(A.shape[2])]
+
+    for layer in range(m.L):
+        q, k, v, h = sums(m.own(layer)["sums"]) if layer else [x] * 4
+        gains = [m.own(layer)[name]["scale"] for name in ("key_norm", "value_norm")]
+        h = h + m.attention(layer, q, k, v, gains)
+        X.append(h + m.feedforward(layer, h))
+    return sums(m.head)[0]
+
+
+def depth_window(m, r, x):
+    X = [x]
+    for layer in range(m.L):
+        p, near = m.own(layer), [rms(s, r.epsilon) for s in X[-r.window :]]
+        scores = [((near[-1] @ p["query"]) * (s @ p["key"])).sum(-1) / np.sqrt(x.shape[-1]) for s in near]
+        w = softmax(jnp.stack(scores), axis=0)
+        h = X[-1] + sum(w[j][..., None] * (s @ p["value"]) for j, s in enumerate(near))
+        h = h + m.attention(layer, h)
+        X.append(h + m.feedforward(layer, h))
+    return X[-1]
+
+
 MIXERS = {
     "Plain": plain,
     "DenseFormer": dense_former,
@@ -160,4 +239,9 @@ MIXERS = {
     "HyperConnections": hyper_connections,
     "ManifoldHyperConnections": manifold,
     "DeepDelta": deep_delta,
+    "ElcBert": elc_bert,
+    "VerticalAttention": vertical,
+    "DeepCrossAttention": cross_attention,
+    "MuddFormer": mudd,
+    "DepthWindow": depth_window,
 }

@@ -14,11 +14,16 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.models.norms import RMSNorm
 from jaxpar.models.positions import NoPositions
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
+from jaxpar.models.residual.cross_attention import DeepCrossAttention
 from jaxpar.models.residual.deep_delta import DeepDelta
 from jaxpar.models.residual.dense_former import DenseFormer
+from jaxpar.models.residual.depth_window import DepthWindow
+from jaxpar.models.residual.elc_bert import ElcBert
 from jaxpar.models.residual.hyper_connections import HyperConnections
 from jaxpar.models.residual.manifold import ManifoldHyperConnections
+from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.residual.plain import Plain
+from jaxpar.models.residual.vertical import VerticalAttention
 from jaxpar.models.spec import path_name
 from tests.models.residual.straight import Decoder
 
@@ -47,6 +52,15 @@ MIXERS = [
     (DeepDelta(), None),
     (DeepDelta(channels=4, value="sigmoid"), None),
     (DeepDelta(update="write", value="constant"), None),
+    (ElcBert(), None),
+    (ElcBert("base"), None),
+    (ElcBert("normalized"), None),
+    (ElcBert("weighted_output"), None),
+    (VerticalAttention(), None),
+    (DeepCrossAttention(), 1e-5),
+    (DeepCrossAttention(version=2, latest=1), 1e-5),
+    (MuddFormer(), 0),
+    (DepthWindow(window=2), None),
 ]
 every_mixer = pytest.mark.parametrize("mixer", [m for m, _ in MIXERS], ids=str)
 TOKENS = np.random.default_rng(0).integers(0, 29, (2, 9), np.int32)
