@@ -14,8 +14,8 @@ tensors in this way). For each pair of formats of the same bits and block:
     crest      crest factors of blocks: quartiles of all blocks of all tensors
     below      the share of blocks whose crest factor is below the crossover of our formula (`formats.theory`)
 
-The weights of the GGUF file are of 4 to 8 bits themselves (Q4_K, Q5_0, Q6_K, Q8_0): formats near theirs find their own grid less
-noisy or more than the weights that were trained. Its activations are what those weights make of the text.
+The GGUF file's weights are quantised already (Q4_K_M: 4 to 8 bits), so what is lost here is lost on top of that, and the table
+says less of weights than of activations.
 """
 
 from __future__ import annotations

@@ -329,6 +329,9 @@ def test_tiny_tensors_keep_their_order_of_magnitude():
             out = np.asarray(formats.dequantise(formats.quantise(x, name)), np.float64)
             assert np.isfinite(out).all()
             assert (np.abs(out) <= 1.5 * np.abs(x).max() + 2.0**-117).all()
+    # A block whose own scale, amax / 6, would be a subnormal float32: the tensor's scale leaves room for it.
+    x = np.repeat(np.float32([2.0**-111, 2.0**-125]), 16)
+    np.testing.assert_array_equal(formats.dequantise(formats.quantise(x, "nvfp4"))[16:], x[16:])
 
 
 @pytest.mark.quick
