@@ -12,6 +12,7 @@ import pytest
 from jaxpar import __version__, manifest, options
 from jaxpar.cli import COMMANDS, main
 from jaxpar.commands.convert import ConvertConfig
+from jaxpar.commands.formats import FormatsConfig
 from jaxpar.commands.generate import GenerateConfig
 from jaxpar.commands.plan import PlanConfig
 from jaxpar.commands.schedule import ScheduleConfig
@@ -93,6 +94,7 @@ def test_the_version(capsys):
         ("generate", GenerateConfig(), ("the most tokens to add", "divides the logits")),
         ("schedule", ScheduleConfig(), ("devices along the pipeline", "or a .csv file of tasks")),
         ("plan", PlanConfig(), ("pieces of the model", "or a .toml or .csv file")),
+        ("formats", FormatsConfig(), ("for each measurement", "mxint8-asymmetric")),
         ("convert", ConvertConfig(), ("new, or empty", "dtype")),
         ("tokenizer", TokenizerConfig(), ("number of token ids",)),
         ("doctor", None, ("what is installed",)),
