@@ -36,13 +36,15 @@ def tensors() -> np.ndarray:
     one_hot = np.where(np.arange(64) == np.array([[0], [15], [32], [63]]), -3.7, 0.0)
     powers = np.sign(normal) * 2.0 ** draw.integers(-8, 8, shape)
     largest = normal * float(np.finfo(np.float32).max) / np.abs(normal).max()
+    # The scale is a power of two exactly: where "ceil" and "floor" meet.
+    largest_of_formats = np.array([[24.0], [448 / 4], [7.5 * 8], [127 / 128]]) * np.where(np.arange(64) % 3, 0.3, -1.0)
     # bfloat16's subnormals, beside numbers that are not.
     small = np.where(normal > 0, 2.0**-130, 1.0) * 2.0**-120 * normal
     some_zero = normal * (np.arange(64) >= 32)
     return np.stack(
         [
             normal, draw.laplace(size=shape), draw.standard_t(3, size=shape), 2.0 ** draw.uniform(-60, 60, shape) * np.sign(normal),
-            outlier, one_hot, powers, largest, small, some_zero, np.zeros(shape), -np.abs(normal), np.full(shape, 7.0),
+            outlier, one_hot, powers, largest, small, some_zero, np.zeros(shape), -np.abs(normal), np.full(shape, 7.0), largest_of_formats,
         ]
     ).astype(np.float32)  # fmt: skip
 
