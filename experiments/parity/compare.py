@@ -15,6 +15,10 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.models.feedforward.dense import MLP
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, Rope
+from jaxpar.models.residual.attention_residuals import AttentionResiduals
+from jaxpar.models.residual.deep_delta import DeepDelta
+from jaxpar.models.residual.manifold import ManifoldHyperConnections
+from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.spec import path_name
 from jaxpar.optimisers import make
 from jaxpar.optimisers_config import AdamW, Constant
@@ -47,6 +51,10 @@ MODELS = {
         attention_cap=20.0,
         logit_cap=10.0,
     ),
+    "attention residuals": LLAMA.replace(layers=4, residual=AttentionResiduals(block=3)),
+    "hyper-connections": LLAMA.replace(layers=4, residual=ManifoldHyperConnections(streams=2)),
+    "deep delta": LLAMA.replace(layers=4, residual=DeepDelta(channels=4)),
+    "mudd": LLAMA.replace(layers=4, residual=MuddFormer()),
 }
 # A large epsilon, so that a gradient that is nothing but rounding does not become a step of full size.
 OPTIMISER = AdamW(schedule=Constant(1e-2), epsilon=1e-3)

@@ -41,7 +41,7 @@ def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: T
     at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     # In a loop, arrays [n, ...]; unrolled, lists: what a layer keeps may have other shapes there than what the next does.
     rows = (lambda tree: [at(tree, i) for i in range(n)]) if unroll else (lambda tree: tree)
-    indices = range(n) if unroll else jnp.arange(n)
+    indices = range(n) if unroll else np.arange(n)
     pulls: list = []
 
     def turns(body, carry, *xs, reverse=False):
