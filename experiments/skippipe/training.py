@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--length", type=int, default=64, help="tokens of a row")
-    parser.add_argument("--rows", type=int, default=24, help="of a step; a multiple of 6")
+    parser.add_argument("--rows", type=int, default=12, help="of a step; a multiple of 6")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument(
