@@ -207,6 +207,10 @@ class RunConfig:
         skipping = self.settled(sizes).skipping
         if skipping is not None:
             try:
+                self.model.residual.check_route(skipping)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            try:
                 skipping.check(self.model.layers, self.rows, sizes["data"] * sizes["fsdp"])
             except UserError as error:
                 if skipping == self.skipping:

@@ -189,11 +189,12 @@ def checked(
     at_a_time = rows // over if rows is not None and pipeline is None else None
     tensor.check(sizes, rows=at_a_time, over=over, length=length)
     if pipeline is not None:
-        placement = (
-            straight(sizes["stage"])
-            if rows is None
-            else table_for(pipeline, sizes, rules, rows, tensor).order.placement
-        )
+        placement = straight(sizes["stage"])
+        if rows is not None:
+            order = table_for(pipeline, sizes, rules, rows, tensor).order
+            placement = order.placement
+            if any(list(path) != list(range(placement.stages)) for path in order.paths):
+                cfg.residual.check_route(order.paths)
         Split(cfg.layers, placement)
     return tree, rules
 

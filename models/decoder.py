@@ -146,11 +146,10 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
         new, new_pages = layers.perhaps(keep, run, state, pages, number, i)
         return layers.scaled(scale, state, new), new_pages
 
-    if cfg.residual.write_once:
-        cfg.residual.check_route(ctx.route)
-        if pages is None:
-            states = write_once.loop(cfg, uncommitted(cfg), stacked, states, (contexts, tables), layers_n)
-            return (states[0] if len(contexts) == 1 else states), Aux()
+    cfg.residual.check_route(ctx.route)
+    if cfg.residual.write_once and pages is None:
+        states = write_once.loop(cfg, uncommitted(cfg), stacked, states, (contexts, tables), layers_n)
+        return (states[0] if len(contexts) == 1 else states), Aux()
     if cfg.layer_loop == "unroll":
         at = lambda x, i: None if x is None else x[i]
         for i, params in enumerate(layers.unstack(stacked)):
@@ -192,6 +191,20 @@ def through(cfg: ModelConfig, params: Tree, state, ctx: Context) -> tuple[Any, A
         # Once for all of them, so that the gradient of the stack is written once too.
         stacked = jax.tree.map(lambda x: x[ctx.route.layers], stacked)
     return blocks(cfg, stacked, state, ctx)
+
+
+def to_wire(cfg: ModelConfig, state, ctx: Context):
+    """The state as what crosses a pipeline boundary, see `DepthMixer.to_wire`; of each of the parts that rows go in."""
+    if ctx.ops.shards.parts == 1:
+        return cfg.residual.to_wire(cfg, state)
+    return tuple(cfg.residual.to_wire(cfg, part) for part in state)
+
+
+def from_wire(cfg: ModelConfig, wire, ctx: Context):
+    """The inverse of `to_wire`."""
+    if ctx.ops.shards.parts == 1:
+        return cfg.residual.from_wire(cfg, wire)
+    return tuple(cfg.residual.from_wire(cfg, part) for part in wire)
 
 
 def unembedding(cfg: ModelConfig, params: Tree):

@@ -171,18 +171,28 @@ class PipelineProgram:
                 micro.positions, micro.segments, key=key, sample_ids=micro.sample_ids, places=places, ops=ops
             )
 
-        def middle(layers, state, piece, micro):
-            first, count = piece
+        def middle(layers, wire, piece, micro):
+            (first, count), ctx = piece, context(micro)
+            state = decoder.from_wire(cfg, wire, ctx)
             if split.even:
-                return decoder.blocks(cfg, layers, state, context(micro), first)[0]
-            return some_layers(cfg, layers, state, context(micro), first, count)
+                state, _ = decoder.blocks(cfg, layers, state, ctx, first)
+            else:
+                state = some_layers(cfg, layers, state, ctx, first, count)
+            return decoder.to_wire(cfg, state, ctx)
+
+        def start(shared, micro):
+            ctx = context(micro)
+            return decoder.to_wire(cfg, decoder.embed(cfg, shared, micro.tokens, ctx), ctx)
+
+        def last(shared, wire, micro):
+            ctx = context(micro)
+            state = decoder.from_wire(cfg, wire, ctx)
+            return decoder.head(cfg, shared, state, ctx, micro.targets, micro.weights).loss_sum
 
         parts = execute.Parts(
-            first=lambda shared, micro: decoder.embed(cfg, shared, micro.tokens, context(micro)),
+            first=start,
             middle=middle,
-            last=lambda shared, state, micro: (
-                decoder.head(cfg, shared, state, context(micro), micro.targets, micro.weights).loss_sum
-            ),
+            last=last,
         )
         device = jax.lax.axis_index(STAGE)
         pieces = tuple(jnp.asarray(x)[device] for x in (split.first, split.count))

@@ -123,6 +123,13 @@ class AttentionResiduals(Deltas):
         ends = (branch + 1) % self.block == 0
         return state._replace(fresh=(*state.fresh, new), carry=jnp.where(ends, jnp.zeros_like(new), new), stream=None)
 
+    def to_wire(self, cfg, state: Stack):
+        # Blocks of one and two branches end with a layer: between layers no sum is open.
+        return state.slots if self.block <= 2 else (state.slots, state.carry)
+
+    def from_wire(self, cfg, wire) -> Stack:
+        return Stack(wire, jnp.zeros_like(wire[0])) if self.block <= 2 else Stack(*wire)
+
     def final(self, cfg, params, state: Stack):
         branches = 2 * cfg.layers
         whole = self.partial_softmax(params, state.slots, branches // self.block)

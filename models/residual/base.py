@@ -57,6 +57,9 @@ class DepthMixer:
     def check(self, cfg) -> None:
         """Raises ValueError where this mixer cannot be combined with the model; `cfg` has its derived sizes."""
 
+    def check_route(self, route) -> None:
+        """Raises ValueError where this mixer needs every layer in order, and `route` (None: there is none) says otherwise."""
+
     def spec(self, cfg) -> dict:
         """Parameters for one layer (stacked by the caller)."""
         return {}
@@ -101,6 +104,12 @@ class DepthMixer:
         """The state behind a pipeline boundary."""
         return wire
 
+    def wire_bytes(self, cfg, rows: int, tokens: int) -> int:
+        """Bytes that cross a pipeline boundary for so many rows, forwards; as many gradients come back."""
+        x = jax.ShapeDtypeStruct((rows, tokens, cfg.width), jnp.dtype(cfg.dtype))
+        wire = jax.eval_shape(lambda x: self.to_wire(cfg, self.init(cfg, x)), x)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wire))
+
 
 class Stack(NamedTuple):
     """The state of a mixer that keeps sources. n slots; slots that no layer has written yet are zero.
@@ -129,11 +138,12 @@ class StackMixer(DepthMixer):
         return cfg.layers + 1
 
     def check_route(self, route) -> None:
-        """Raises ValueError where layers take a route: a layer that is left out leaves no source."""
+        # A layer that is left out leaves no source, and one that runs early reads slots that nobody has written.
         if route is not None:
             raise ValueError(
-                f"{type(self).__name__} reads a source of every layer before it, and a route leaves layers out or scales "
-                "them; train without skipping, or with residual = Plain or another operator without sources"
+                f"model.residual = {type(self).__name__} reads a source of every layer before it, and here layers are left "
+                "out, scaled or swapped; train without skipping, recovery's swaps and the schedules skippipe and checkfree+, "
+                "or take an operator without sources: Plain, HyperConnections, ManifoldHyperConnections, DeepDelta"
             )
 
     def places(self, cfg, layer) -> tuple:

@@ -2,9 +2,14 @@
 
 import pytest
 
+from jaxpar.config import RunConfig
+from jaxpar.errors import UserError
 from jaxpar.experiments.parity.compare import MODELS, reference, run, too_large
 from jaxpar.parallel.mesh import MeshConfig
+from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.tensor.config import TensorConfig
+from jaxpar.program import checked
+from jaxpar.skipping.config import LayerDrop
 
 
 @pytest.mark.parametrize(
@@ -25,3 +30,22 @@ def test_a_residual_operator_on_a_mesh_is_the_single_device_run(model, mesh, pro
     """Over stages the payload is the operator's state: static shapes, every slot of its sources."""
     found = run(MODELS[model], MeshConfig.parse(mesh), tensor=TensorConfig(products))
     assert not too_large(found, reference(model))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("schedule", ["skippipe", "checkfree+"])
+def test_stages_that_are_skipped_or_swapped_are_refused_where_every_layer_is_a_source(schedule):
+    how = dict(rows=8, length=16, pipeline=PipelineConfig(schedule, 4))
+    sizes = MeshConfig.parse("stage=4").sizes
+    with pytest.raises(ValueError, match=r"MuddFormer reads a source of every layer before it.*swaps.*DeepDelta"):
+        checked(MODELS["mudd"], sizes, **how)
+    checked(MODELS["deep delta"], sizes, **how)
+
+
+@pytest.mark.quick
+def test_skipped_layers_are_refused_where_every_layer_is_a_source():
+    sizes = MeshConfig().sizes
+    run = RunConfig(model=MODELS["mudd"], skipping=LayerDrop())
+    with pytest.raises(UserError, match="MuddFormer reads a source of every layer before it"):
+        run.check(sizes)
+    run.replace(model=MODELS["deep delta"]).check(sizes)

@@ -93,7 +93,9 @@ def test_what_cannot_be_is_refused():
     cfg = CFG.replace(residual=DenseFormer())
     params = jax.eval_shape(partial(decoder.init, cfg), jax.random.key(0))
     route = Context(route=Route(keep=jnp.ones(4, bool)))
-    with pytest.raises(ValueError, match=r"DenseFormer reads a source of every layer.*without skipping"):
+    with pytest.raises(
+        ValueError, match=r"model.residual = DenseFormer reads a source of every layer.*without skipping"
+    ):
         jax.eval_shape(lambda p: decoder.apply(cfg, p, TOKENS, route).logits, params)
 
 
