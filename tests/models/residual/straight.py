@@ -1,15 +1,32 @@
-"""The depth mixers once more: a decoder of straight-line Python, layer after layer, with no scan, buffer, mask or cache,
+"""The depth mixers once more: a decoder of straight-line NumPy, layer after layer, with no scan, buffer, mask or cache,
 written from the papers' formulas. It shares no line with the models that it is compared with."""
 
-import jax.numpy as jnp
+import math
+
 import numpy as np
-from jax.nn import gelu, relu, sigmoid, silu, softmax
 
 EPSILON = 1e-6
 
 
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+
+
+def softmax(x, axis=-1):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
 def rms(x, epsilon=EPSILON):
-    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
 
 
 class Decoder:
@@ -33,12 +50,12 @@ class Decoder:
             for x, g in zip((q, q if k is None else k, q if v is None else v), (None, *gains), strict=True)
         )
         q, k, v = (
-            jnp.einsum("btd,dhk->bhtk", x, p[n]["kernel"][i])
+            np.einsum("btd,dhk->bhtk", x, p[n]["kernel"][i])
             for x, n in zip((q, k, v), ("query", "key", "value"), strict=True)
         )
-        s = jnp.einsum("bhtk,bhsk->bhts", q, k) / np.sqrt(q.shape[-1])
-        s = jnp.where(np.tril(np.ones(s.shape[-2:], bool)), s, -np.inf)
-        return jnp.einsum("bhts,bhsk,hkd->btd", softmax(s, axis=-1), v, p["out"]["kernel"][i])
+        s = np.einsum("bhtk,bhsk->bhts", q, k) / np.sqrt(q.shape[-1])
+        s = np.where(np.tril(np.ones(s.shape[-2:], bool)), s, -np.inf)
+        return np.einsum("bhts,bhsk,hkd->btd", softmax(s, axis=-1), v, p["out"]["kernel"][i])
 
     def feedforward(self, i, x):
         p = self.layers["feedforward"]
@@ -78,7 +95,7 @@ def attention_residuals(m, r, x):
 
     def read(p, s):
         sums = [sum(given[n : n + r.block]) for n in range(0, s, r.block)]
-        v = jnp.stack([x, *sums])
+        v = np.stack([x, *sums])
         w = softmax((rms(v, r.epsilon) * p["scale"]) @ p["query"], axis=0)
         return (w[..., None] * v).sum(0)
 
@@ -89,40 +106,40 @@ def attention_residuals(m, r, x):
 
 def hyper_connections(m, r, x):
     N = r.streams
-    X = jnp.stack([x] * N)
+    X = np.stack([x] * N)
     for s in range(2 * m.L):
         p = m.own(s // 2)[("attention", "feedforward")[s % 2]]
-        t = jnp.tanh(rms(X, r.epsilon) @ p["dynamic"])
-        a = jnp.eye(N)[s % N] + p["read"]
+        t = np.tanh(rms(X, r.epsilon) @ p["dynamic"])
+        a = np.eye(N)[s % N] + p["read"]
         a = a[:, None, None] + p["scales"][0] * t[..., 0]
-        A = (jnp.eye(N) + p["mix"])[:, None, None] + p["scales"][0] * t[..., 1:-1]
+        A = (np.eye(N) + p["mix"])[:, None, None] + p["scales"][0] * t[..., 1:-1]
         b = (1 + p["write"])[:, None, None] + p["scales"][1] * t[..., -1]
         y = m.branch(s, sum(a[i][..., None] * X[i] for i in range(N)))
-        X = jnp.stack([sum(A[i, ..., j, None] * X[i] for i in range(N)) + b[j][..., None] * y for j in range(N)])
+        X = np.stack([sum(A[i, ..., j, None] * X[i] for i in range(N)) + b[j][..., None] * y for j in range(N)])
     return X.sum(0)
 
 
 def manifold(m, r, x):
     N = r.streams
-    X = jnp.stack([x] * N)
+    X = np.stack([x] * N)
     for s in range(2 * m.L):
         p = m.own(s // 2)[("attention", "feedforward")[s % 2]]
-        flat = rms(jnp.concatenate(list(X), -1), r.epsilon)
+        flat = rms(np.concatenate(list(X), -1), r.epsilon)
         t = flat @ p["dynamic"].reshape(-1, N * N + 2 * N)
         pre = sigmoid(p["scales"][0] * t[..., :N] + p["read"])
         post = 2 * sigmoid(p["scales"][1] * t[..., N : 2 * N] + p["write"])
-        R = jnp.exp(p["scales"][2] * t[..., 2 * N :].reshape(*t.shape[:2], N, N) + p["mix"])
+        R = np.exp(p["scales"][2] * t[..., 2 * N :].reshape(*t.shape[:2], N, N) + p["mix"])
         for _ in range(r.iterations):
             R = R / R.sum(-2, keepdims=True)
             R = R / R.sum(-1, keepdims=True)
         y = m.branch(s, sum(pre[..., i, None] * X[i] for i in range(N)))
-        X = jnp.stack([sum(R[..., i, j, None] * X[j] for j in range(N)) + post[..., i, None] * y for i in range(N)])
+        X = np.stack([sum(R[..., i, j, None] * X[j] for j in range(N)) + post[..., i, None] * y for i in range(N)])
     return X.sum(0)
 
 
 def deep_delta(m, r, x):
     V = r.channels
-    X = jnp.stack([x] * V)
+    X = np.stack([x] * V)
 
     def compress(p):
         if V == 1:
@@ -141,15 +158,15 @@ def deep_delta(m, r, x):
         beta = 2 * sigmoid(rms(h) @ p["gate"]["weight"] + p["gate"]["bias"])
         match r.value:
             case "constant":
-                v = jnp.full((*h.shape[:2], V), 2.0)
+                v = np.full((*h.shape[:2], V), 2.0)
             case "linear":
                 v = rms(h) @ p["value"]["weight"] + p["value"]["bias"]
             case "sigmoid":
                 v = 4 * sigmoid(h @ p["value"]["weight"] + p["value"]["bias"])
         y = m.branch(s, h)
-        k = y / jnp.sqrt((y * y).sum(-1, keepdims=True) + r.epsilon**2)
+        k = y / np.sqrt((y * y).sum(-1, keepdims=True) + r.epsilon**2)
         old = [(k * X[c]).sum(-1) if r.update == "delta" else 0.0 for c in range(V)]
-        X = jnp.stack([X[c] + (beta * (v[..., c] - old[c]))[..., None] * k for c in range(V)])
+        X = np.stack([X[c] + (beta * (v[..., c] - old[c]))[..., None] * k for c in range(V)])
     return compress(m.head)
 
 
@@ -167,7 +184,7 @@ def elc_bert(m, r, x):
         out = a + m.feedforward(layer, a if base else h + a)
         if r.variant == "normalized":
             out = out - out.mean(-1, keepdims=True)
-            out = out / jnp.sqrt((out * out).mean(-1, keepdims=True) + 1e-7)
+            out = out / np.sqrt((out * out).mean(-1, keepdims=True) + 1e-7)
         H.append(out)
     return average(m.head["average"]) if r.variant == "weighted_output" else H[-1]
 
@@ -189,10 +206,10 @@ def cross_attention(m, r, x):
         G = [x, *given]
         if r.latest is not None:
             middle, latest = given[: -r.latest], given[-r.latest :]
-            G = [x, sum(middle, jnp.zeros_like(x)), *reversed(latest)]
+            G = [x, sum(middle, np.zeros_like(x)), *reversed(latest)]
         total = 0
         for i, g in enumerate(G):
-            w = p["weights"][i] + (relu(g @ p["dynamic"][i])[..., None] if r.version == 3 else 0)
+            w = p["weights"][i] + (np.maximum(g @ p["dynamic"][i], 0)[..., None] if r.version == 3 else 0)
             total = total + w * g
         return total
 
@@ -207,9 +224,9 @@ def mudd(m, r, x):
     X = [x]
 
     def sums(p):
-        t = gelu(rms(X[-1], r.epsilon) * p["scale"] @ p["inner"], approximate=False)
+        t = gelu(rms(X[-1], r.epsilon) * p["scale"] @ p["inner"])
         n = len(X)
-        A = jnp.einsum("btk,kcn->btcn", t, p["outer"][..., :n]) + p["static"][:, :n]
+        A = np.einsum("btk,kcn->btcn", t, p["outer"][..., :n]) + p["static"][:, :n]
         return [sum((A[..., c, j, None] + (j == n - 1)) * X[j] for j in range(n)) for c in range(A.shape[2])]
 
     for layer in range(m.L):
@@ -225,7 +242,7 @@ def depth_window(m, r, x):
     for layer in range(m.L):
         p, near = m.own(layer), [rms(s, r.epsilon) for s in X[-r.window :]]
         scores = [((near[-1] @ p["query"]) * (s @ p["key"])).sum(-1) / np.sqrt(x.shape[-1]) for s in near]
-        w = softmax(jnp.stack(scores), axis=0)
+        w = softmax(np.stack(scores), axis=0)
         h = X[-1] + sum(w[j][..., None] * (s @ p["value"]) for j, s in enumerate(near))
         h = h + m.attention(layer, h)
         X.append(h + m.feedforward(layer, h))
