@@ -10,6 +10,7 @@ import pytest
 from jaxpar.models import cache as kv
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
+from jaxpar.models.context import Context
 from jaxpar.models.norms import RMSNorm
 from jaxpar.models.positions import NoPositions
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
@@ -160,3 +161,14 @@ def test_cached_decode_equals_the_full_pass(mixer):
             np.testing.assert_allclose(logits[b, :n], full[b, done[b] : done[b] + n], atol=2e-5 * np.abs(full).max())
             done[b] += n
     assert done.tolist() == [9, 7]
+
+
+@every_mixer
+def test_the_state_keeps_the_compute_dtype(mixer):
+    """Traced only: a state that changed its dtype could not be carried from layer to layer."""
+    cfg = cfg_of(mixer, dtype="bfloat16")
+    params = params_of(mixer)
+    states = lambda p: decoder.blocks(cfg, p["layers"], decoder.embed(cfg, p, TOKENS, Context()), Context())[0]
+    kinds = lambda tree: {str(x.dtype) for x in jax.tree.leaves(tree)}
+    assert kinds(jax.eval_shape(states, params)) == {"bfloat16"}
+    assert kinds(jax.eval_shape(partial(run, cfg), params, TOKENS)[1]) == {"float32"}
