@@ -16,8 +16,7 @@ from jaxpar.skipping.config import LayerDrop
     ("model", "mesh", "products"),
     [
         ("attention residuals", "data=2,fsdp=2,tensor=2", "whole"),
-        ("hyper-connections", "data=2,fsdp=2,tensor=2", "whole"),
-        ("deep delta", "fsdp=2,tensor=2", "sharded"),
+        ("hyper-connections", "fsdp=2,tensor=2", "sharded"),
         ("mudd", "fsdp=2,tensor=2", "weave"),
         ("attention residuals", "sequence=2,tensor=2", "ring"),
         ("attention residuals", "data=2,stage=2", "whole"),

@@ -1,4 +1,4 @@
-"""The write-once loop: backward memory linear in depth, the same gradients in every form of the loop, and weave's parts."""
+"""The write-once loop: backward memory linear in depth, the same gradients in every form of the loop."""
 
 import dataclasses
 from functools import partial
@@ -10,11 +10,10 @@ import pytest
 
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
-from jaxpar.models.context import Context, Ops
+from jaxpar.models.context import Context
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
 from jaxpar.models.residual.dense_former import DenseFormer
 from jaxpar.models.route import Route
-from jaxpar.models.shards import Whole
 
 CFG = ModelConfig(vocabulary=16, layers=4, width=16, heads=2, hidden=16, context=16, init_std=0.3)
 TOKENS = np.random.default_rng(0).integers(0, 16, (2, 8), np.int32)
@@ -59,7 +58,7 @@ def assert_close(found, expected):
 
 
 def test_every_form_of_the_loop_has_the_gradients_of_the_naive_carry():
-    """Scanned and unrolled, with rematerialisation, windows of two kinds, dropout, and rows in two parts."""
+    """Scanned and unrolled, with rematerialisation, windows of two kinds, and dropout."""
     cfg = CFG.replace(
         layers=2, residual=AttentionResiduals(block=3), window=3, window_pattern=(True, False), dropout=0.1
     )
@@ -69,7 +68,6 @@ def test_every_form_of_the_loop_has_the_gradients_of_the_naive_carry():
     expected = loss_and_gradients(cfg.replace(residual=Naive(block=3)), params, ctx)
     for change in ({}, {"remat": "dots", "layer_loop": "unroll"}):
         assert_close(loss_and_gradients(cfg.replace(**change), params, ctx), expected)
-    assert_close(loss_and_gradients(cfg, params, ctx.replace(ops=Ops(shards=Whole(parts=2)))), expected)
 
 
 def test_slices_of_the_stack_are_the_whole_with_a_traced_first_layer():
