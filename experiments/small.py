@@ -19,6 +19,7 @@ from jaxpar.optimisers import make
 from jaxpar.optimisers_config import AnyOptimiser
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
 from jaxpar.program import Program, build
+from jaxpar.recovery.transform import RECOVERY
 from jaxpar.step import Batch, Control, Step, TrainState, chain
 from jaxpar.steps.base import make_step
 
@@ -60,15 +61,25 @@ class Runs:
     Attributes:
       program: the model on one device.
       step: the step with its transforms.
+      goes_back: an iteration in which something is lost makes no step: its work is gone too.
     """
 
-    def __init__(self, cfg: ModelConfig, optimiser: AnyOptimiser, texts: Texts, steps: int, transforms=()):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        optimiser: AnyOptimiser,
+        texts: Texts,
+        steps: int,
+        transforms=(),
+        goes_back: bool = False,
+    ):
         self.program: Program = build(cfg, make_mesh(MeshConfig(), jax.devices()[:1]))
         tx = make(optimiser, self.program.specs, steps=steps)
         # A chain may need to know the parameters: a function of their specs then.
         parts = transforms(self.program) if callable(transforms) else transforms
         self.step: Step = chain(make_step(self.program.grad_fn, tx), *parts)
         self.texts = texts
+        self.goes_back = goes_back
 
     def start(self, seed: int) -> TrainState:
         """A fresh state; runs with the same seed start alike whatever their transforms."""
@@ -86,11 +97,18 @@ class Runs:
         def one(state, control):
             before = {}
             if control.failed is not None:
-                # First what was lost: a strategy that goes back asks for another batch then.
+                failed = control.failed.any()
                 state, before = self.step.prepare(state, batch_at(state), control)
                 control = control.replace(failed=None)
-            state, metrics = self.step.update(state, batch_at(state), control)
-            return state, {**before, **metrics, "step": state.step}
+            update = lambda state: self.step.update(state, batch_at(state), control)
+            if before and self.goes_back:
+                blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(update, state)[1])
+                state, metrics = jax.lax.cond(failed, lambda state: (state, blank), update, state)
+                counts = state.slots[RECOVERY]
+                before |= {f"{RECOVERY}/{name}": counts[name] for name in ("failures", "replayed")}
+            else:
+                state, metrics = update(state)
+            return state, {**metrics, **before, "step": state.step}
 
         return jax.jit(lambda state, controls: jax.lax.scan(one, state, controls), donate_argnums=0)
 

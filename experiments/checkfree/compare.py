@@ -107,7 +107,8 @@ def runs_of(entry: Entry, data: Texts, options) -> Runs:
     def transforms(program):
         return placed(around, entry.strategy, Stages(STAGES, program.specs))
 
-    return Runs(cfg, optimiser, data, options.iterations, transforms)
+    goes_back = entry.strategy.rollback(np.ones(STAGES, bool)) is not None
+    return Runs(cfg, optimiser, data, options.iterations, transforms, goes_back)
 
 
 def trace_of(entry: Entry, rate: float, seed: int, iterations: int) -> np.ndarray:
@@ -291,7 +292,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--length", type=int, default=32, help="tokens of a row")
-    parser.add_argument("--rows", type=int, default=16, help="of a step; even")
+    parser.add_argument("--rows", type=int, default=8, help="of a step; even")
     parser.add_argument("--iterations", type=int, default=800, help="a multiple of 10")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--rates", type=float, nargs="*", default=[0.025, 0.05, 0.1], help="failure rates")
