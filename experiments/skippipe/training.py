@@ -2,7 +2,8 @@
 
 Command:   python -m jaxpar.experiments.skippipe.training                  (6 stages, 600 steps, 3 seeds)
            python -m jaxpar.experiments.skippipe.training --width 512 --steps 5000 --length 512    (on a GPU)
-Expected:  see `experiments/README.md` for the time that was measured; results/training.json, .md and .png.
+Expected:  16 minutes on two CPU cores shared with other work; results/training.json, .md and .png. The whole model's loss rises
+           with what is skipped (1.81, 1.87, 1.93, 2.04), and falls less when stages are taken out.
 
 A Llama of 6 layers, one a stage, on the built-in text. Each of 6 microbatches leaves out 0, 1, 2 or 3 of the 6 stages, never
 the first, always the same ones (SkipPipe, Blagoev et al. 2025). At the end the whole model is evaluated in order, and with
