@@ -24,10 +24,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from jaxpar import host_memory
+from jaxpar.experiments.bench.paired import made, rounds_of, stepping
 from jaxpar.experiments.bench.train_step import QUICK, SIZES, Size
 from jaxpar.parallel.mesh import fake_devices
 
@@ -60,86 +60,37 @@ def strategies() -> dict:
     return {strategy.name: strategy for strategy in found}
 
 
-def made(size: Size, strategy=None, replicas: int = 1):
-    """The step, a state and a batch, with a strategy or without one."""
+def model(size: Size):
     import jax
-    import jax.numpy as jnp
 
-    from jaxpar.optimisers import make
-    from jaxpar.optimisers_config import AdamW, Constant
-    from jaxpar.parallel.mesh import MeshConfig, make_mesh
     from jaxpar.presets import llama
-    from jaxpar.program import build
-    from jaxpar.recovery.base import Stages
-    from jaxpar.recovery.transform import placed
-    from jaxpar.state import abstract_state
-    from jaxpar.step import Batch, chain
-    from jaxpar.steps.base import make_step
-    from jaxpar.steps.clip import clip_global
 
-    on_cpu = jax.default_backend() == "cpu"
-    cfg = llama(
+    return llama(
         size.layers,
         size.width,
         size.heads,
         hidden=size.hidden,
         vocabulary=size.vocabulary,
         context=size.length,
-        layer_loop="unroll" if on_cpu else "scan",
+        layer_loop="unroll" if jax.default_backend() == "cpu" else "scan",
     )
-    program = build(cfg, make_mesh(MeshConfig(data=replicas), jax.devices()[:replicas]), rows=size.rows)
-    transforms = (clip_global(1.0),)
-    if strategy is not None:
-        transforms = placed(transforms, strategy, Stages(STAGES, program.specs, program.mesh, program.rules))
-    step = chain(
-        make_step(program.grad_fn, make(AdamW(schedule=Constant(1e-4)), program.specs, steps=10_000)), *transforms
-    )
-    target = abstract_state(step, program, jax.random.key(1))
-    places = jax.tree.map(lambda x: x.sharding, target)
-    state = jax.jit(step.init, out_shardings=places)(program.init(jax.random.key(0)), jax.random.key(1))
-    shape = (size.rows, size.length)
-    tokens = jax.random.randint(jax.random.key(2), shape, 0, size.vocabulary)
-    at, ones = jnp.broadcast_to(jnp.arange(size.length), shape), jnp.ones(shape, jnp.int32)
-    batch = Batch(tokens, jnp.roll(tokens, -1, 1), jnp.ones(shape), at, ones, jnp.arange(size.rows))
-    batch = jax.device_put(batch, program.batch_sharding)
-    return step, state, batch, target
 
 
-def stepping(size: Size, strategy=None) -> Callable[[], float]:
-    """A function that runs one step, waits for it, and returns the seconds that it took."""
-    import jax
+def around(strategy):
+    """A strategy's place in the chain."""
+    from jaxpar.recovery.base import Stages
+    from jaxpar.recovery.transform import placed
 
-    step, state, batch, _ = made(size, strategy)
-    box, update = [state], jax.jit(step.update, donate_argnums=0)
-
-    def run() -> float:
-        start = time.perf_counter()
-        box[0], metrics = update(box[0], batch)
-        float(metrics["loss"])
-        return time.perf_counter() - start
-
-    run()
-    run()
-    return run
+    if strategy is None:
+        return ()
+    return lambda program, inside: placed(inside, strategy, Stages(STAGES, program.specs, program.mesh, program.rules))
 
 
 def healthy(size: Size, rounds: int) -> dict:
     """The ratio of a step's seconds to the plain step's, by strategy."""
-    kept = {
-        name: s
-        for name, s in strategies().items()
-        if name in ("check-free", "check-free-plus", "redundant", "snapshot")
-    }
-    steps = {"plain": stepping(size), "again": stepping(size)} | {n: stepping(size, s) for n, s in kept.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds):
-        for name in list(steps) if i % 2 else list(reversed(steps)):
-            seconds[name].append(steps[name]())
-    ratio = lambda name: statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
-    return {
-        name: {"ratio": ratio(name), "seconds": statistics.median(seconds[name]), "all": seconds[name]}
-        for name in steps
-    }
+    kept = ("check-free", "check-free-plus", "redundant", "snapshot")
+    steps = {"plain": None, "again": None} | {n: s for n, s in strategies().items() if n in kept}
+    return rounds_of({n: stepping(model(size), size.rows, around(s))[0] for n, s in steps.items()}, rounds)
 
 
 def recoveries(size: Size, rounds: int, folder: Path) -> dict:
@@ -155,7 +106,7 @@ def recoveries(size: Size, rounds: int, folder: Path) -> dict:
         replicas = 2 if name == "replica-peer" else 1
         if len(jax.devices()) < replicas:
             continue
-        step, state, batch, _ = made(size, strategy, replicas)
+        step, state, batch, _ = made(model(size), size.rows, around(strategy), replicas)
         state, _ = jax.jit(step.update)(state, batch)
         repair = jax.jit(recovery_program(step))
         _, metrics = jax.block_until_ready(repair(state, batch, failed))
@@ -173,7 +124,7 @@ def recoveries(size: Size, rounds: int, folder: Path) -> dict:
             "relative_error": told["relative_error"],
             "exact": bool(told["exact"]),
         }
-    _, state, _, target = made(size)
+    _, state, _, target = made(model(size), size.rows)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         checkpoints = Checkpoints(Path(place) / "checkpoints", config={"model": {}}, say=lambda text: None)
         checkpoints.save(state, finite=True)

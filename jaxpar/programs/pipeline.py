@@ -71,9 +71,10 @@ class PipelineProgram:
     @cached_property
     def by_hand(self) -> tuple[str, ...]:
         """The axes of the `shard_map`: of several devices, and stage. A gather or a sum over an axis of one device would
-        be a copy of every parameter, in a layout of its own."""
+        be a copy of every parameter, in a layout of its own. Both of a hybrid's axes, though, which attention names."""
         hand = self.tensor.by_hand(self.sizes)
-        wanted = lambda axis, size: axis == STAGE or (size > 1 and (hand or axis != TENSOR))
+        named = self.inside[1] if self.sizes[SEQUENCE] > 1 else ()
+        wanted = lambda axis, size: axis == STAGE or axis in named or (size > 1 and (hand or axis != TENSOR))
         return tuple(a for a, size in self.inside[0].shape.items() if wanted(a, size))
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import json
 
-from jaxpar.experiments.bench import parallel, start_up, train_step
+from jaxpar.experiments.bench import depth_mixers, parallel, recovery, start_up, train_step
 
 
 def test_train_step_quick(tmp_path, capsys):
@@ -56,3 +56,19 @@ def test_parallel_ticks(tmp_path):
     assert results["ticks"]["zb-h1, 4 stages, 8 microbatches"]["ratio"] < 11 / 8
     assert json.loads(out.read_text())["results"] == results
     assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_recovery_and_depth_mixers(tmp_path, capsys):
+    """Every strategy and operator has its line, with a ratio, bytes and an error."""
+    result = recovery.main(["--quick", "--out", str(tmp_path / "recovery.json")])
+    assert set(result["healthy"]) == {"plain", "again", "check-free", "check-free-plus", "redundant", "snapshot"}
+    assert all(len(row["all"]) == 3 and row["ratio"] > 0 for row in result["healthy"].values())
+    exact = {name for name, row in result["recoveries"].items() if row["exact"]}
+    assert exact == {"redundant", "replica-peer", "snapshot", "checkpoint-rollback"}
+    assert all((row["relative_error"] == 0) == (name in exact) for name, row in result["recoveries"].items())
+    small = ["--layers", "2", "--width", "16", "--length", "16", "--rows", "2", "--rounds", "2", "--only", "deep delta"]
+    result = depth_mixers.main([*small, "--out", str(tmp_path)])
+    assert set(result[2]) == {"plain", "again", "deep delta"}
+    assert result[2]["deep delta"]["bytes_ratio"] > 1 == result[2]["plain"]["ratio"]
+    assert (tmp_path / "depth_mixers_cpu.png").stat().st_size > 1000
+    assert "deep delta" in capsys.readouterr().out

@@ -85,6 +85,7 @@ def test_features_on_meshes(mesh, devices):
         ("rsa", "zigzag", "stage=2,sequence=2"),
         ("ulysses", "zigzag", "sequence=4,tensor=2"),
         ("hybrid", "zigzag", "stage=2,sequence=4"),
+        ("hybrid", "striped", "stage=2,sequence=2"),  # whose ring has one device
         ("hybrid", "contiguous", "data=2,sequence=4"),
     ],
 )
