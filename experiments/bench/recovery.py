@@ -86,14 +86,14 @@ def around(strategy):
     return lambda program, inside: placed(inside, strategy, Stages(STAGES, program.specs, program.mesh, program.rules))
 
 
-def healthy(size: Size, rounds: int) -> dict:
+def healthy(chosen: dict, size: Size, rounds: int) -> dict:
     """The ratio of a step's seconds to the plain step's, by strategy."""
     kept = ("check-free", "check-free-plus", "redundant", "snapshot")
-    steps = {"plain": None, "again": None} | {n: s for n, s in strategies().items() if n in kept}
+    steps = {"plain": None, "again": None} | {n: s for n, s in chosen.items() if n in kept}
     return rounds_of({n: stepping(model(size), size.rows, around(s))[0] for n, s in steps.items()}, rounds)
 
 
-def recoveries(size: Size, rounds: int, folder: Path) -> dict:
+def recoveries(chosen: dict, size: Size, rounds: int, folder: Path) -> dict:
     """Seconds, bytes and error of bringing one stage back, by strategy."""
     import jax
     import jax.numpy as jnp
@@ -102,7 +102,7 @@ def recoveries(size: Size, rounds: int, folder: Path) -> dict:
     from jaxpar.recovery.transform import kept_bytes, recovery_program
 
     failed, found = jnp.arange(STAGES) == LOST, {}
-    for name, strategy in strategies().items():
+    for name, strategy in chosen.items():
         replicas = 2 if name == "replica-peer" else 1
         if len(jax.devices()) < replicas:
             continue
@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
     parser.add_argument("--size", choices=[s.name for s in SIZES], default="small")
     parser.add_argument("--fake-devices", type=int, help="make the CPU look like so many: replica-peer needs two")
+    parser.add_argument("--only", nargs="*", help="strategies to measure; all if left out")
     parser.add_argument("--rounds", type=int, default=60, help="steps of each kind that are counted")
     parser.add_argument(
         "--folder", type=Path, help="where a checkpoint is written for a while; the system's if left out"
@@ -179,7 +180,11 @@ def main(argv: list[str] | None = None) -> dict:
             f"{size.name} has {size.layers} layers, which {STAGES} stages do not divide; choose small or large"
         )
     rounds = 3 if options.quick else options.rounds
-    result = {"healthy": healthy(size, rounds), "recoveries": recoveries(size, rounds, options.folder)}
+    chosen = {name: s for name, s in strategies().items() if not options.only or name in options.only}
+    result = {
+        "healthy": healthy(chosen, size, rounds),
+        "recoveries": recoveries(chosen, size, rounds, options.folder),
+    }
     print(table(result))
     if len(jax.devices()) < 2:
         print("replica-peer needs two devices and was not measured: --fake-devices 2")
