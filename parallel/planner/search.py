@@ -84,8 +84,9 @@ def plan(
     """Plans until `steps` or `seconds` are used up, whichever is first, or nothing is left to try.
 
     The steps are the same whatever the limit: a longer run does those of a shorter one first, so it is never worse, and a
-    number of steps always gives the same plan (on one version of Python, as sums of floats are rounded otherwise by 3.12). A step is a branch of the conflict-based search or a changed set of routes.
-    The arrangement, and the search for a first set of paths, are not cut short.
+    number of steps always gives the same plan (on one version of Python: 3.12 rounds sums of floats otherwise). A step is a
+    branch of the conflict-based search or a changed set of routes. The arrangement, and the search for a first set of
+    paths, are not cut short.
 
     Raises:
       ValueError: no limit, or a problem that has no paths.
