@@ -270,5 +270,8 @@ def _sentence(box: str, argv: list[str]) -> str:
     )
     text = re.sub(r"Error parsing (\S+): could not convert string to float:", r"\1 takes a number, got", text)
     text = re.sub(r"Error parsing \S+: ", "", text)
+    choice = re.search(r"invalid choice ('.*?') for argument '(--\S+?)[ ']?'?\. Expected one of \((.*?),?\)\.", text)
+    if choice:  # as for strategies, which are not tyro's choices
+        text = f"{choice[2]} is one of {choice[3].replace(chr(39), '')}, but got {choice[1]}"
     text = re.sub(r"\s+", " ", text).strip()
     return text or f"these options cannot be read: {' '.join(argv)}"

@@ -92,7 +92,7 @@ BAD = [
     (["--layers", "many"], "--model.layers takes a whole number, got 'many'"),
     (["--layers"], "Missing value for argument '--model.layers'"),
     (["--heads", "5"], "model.width = 128 is not divisible by model.heads = 5"),
-    (["--norm-placement", "middle"], "middle"),
+    (["--norm-placement", "middle"], "--model.norm-placement is one of pre, post, pre_post, but got 'middle'"),
     (["layers"], "'layers' is not an option"),
     (["--mesh", "dta=2"], "has no axis 'dta'"),
     (["--limits", "limits"], "--limits.steps"),
