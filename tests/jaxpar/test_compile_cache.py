@@ -66,7 +66,7 @@ from jaxpar import compile_cache
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
 compile_cache.enable()
-f = lambda x: [x := jnp.sin(x @ x) for _ in range(300)][-1]
+f = lambda x: [x := jnp.sin(x @ x) for _ in range(1000)][-1]
 jax.jit(f)(jnp.ones((8, 8))).block_until_ready()
 print(events.count("/jax/compilation_cache/cache_hits"))
 """
@@ -74,7 +74,8 @@ print(events.count("/jax/compilation_cache/cache_hits"))
 
 def test_a_second_process_compiles_nothing(bare, tmp_path):
     bare.setenv("JAXPAR_CACHE", str(tmp_path))
-    bare.delenv("XLA_FLAGS", raising=False)  # the suite's own: with no effort at code, compiling may be too quick to be kept
+    # The suite's own flags put no effort into code: compiling may be too quick to be kept then.
+    bare.delenv("XLA_FLAGS", raising=False)
     hits = [
         int(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120).stdout)
         for _ in range(2)
