@@ -33,6 +33,8 @@ from jaxpar.steps.ema import averaged
 from jaxpar.whole_step import whole_step
 
 METRICS = "metrics.jsonl"
+AT_THE_END = ("held_out/loss", "sample")
+"""What is written after the last checkpoint."""
 PLOT = "loss.png"
 PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
@@ -87,7 +89,10 @@ class Run:
         self.say = self.progress.say
         writers = []
         if main:
-            writers += [JsonLines(self.folder / METRICS, start=self.step), TensorBoard(self.folder, start=self.step)]
+            # The last checkpoint is older than what the end writes: a run that was over, or killed there, ends once more.
+            again = AT_THE_END if self.step >= config.steps else ()
+            writers.append(JsonLines(self.folder / METRICS, start=self.step, again=again))
+            writers.append(TensorBoard(self.folder, start=self.step))
             if config.wandb is not None:
                 json = serialise.to_json(config)
                 writers.append(WeightsAndBiases(config.wandb, self.folder, name=self.folder.name, config=json))

@@ -3,7 +3,7 @@ products over the tensor axis, beside one device.
 
 Command:   python -m jaxpar.experiments.parity.matrix                       (8 fake devices, models llama, gpt2, gemma)
            python -m jaxpar.experiments.parity.matrix --devices 16 --models llama
-           python -m jaxpar.experiments.parity.matrix --only "sequence=2"   (the cases whose name has this in it)
+           python -m jaxpar.experiments.parity.matrix --only "sequence=2"   (the case of this name, or all that have it in it)
 Expected:  about a quarter of a minute a case on two CPU cores, nearly all of it compiling: an hour for 8 devices. Every line
            ends with ok; results/matrix_<devices>.json and .md are written after each case, and a case that stands there is
            not run again. The exit code is 1 where one differs.
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="fake CPU devices; a multiple of 8")
     parser.add_argument("--models", nargs="*", default=["llama", "gpt2", "gemma"])
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--only", default="", help="the case of this name, or all whose name has it in it")
     parser.add_argument("--again", action="store_true", help="run cases again that stand in the results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
     options = parser.parse_args(argv)
@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"matrix_{options.devices}.json"
     results = json.loads(file.read_text())["results"] if file.is_file() else {}
-    for name, model, mesh, how in cases(options.devices, options.models):
+    asked = list(cases(options.devices, options.models))
+    one = [case for case in asked if case[0] == options.only]
+    for name, model, mesh, how in one or asked:
         if options.only not in name or (name in results and not options.again):
             continue
         results[name] = run_case(model, mesh, how)

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,13 +37,14 @@ class JsonLines:
     Args:
       path: the file.
       start: the step that the run starts from: lines beyond it, and a line torn by a kill, are dropped. 0: a new run.
+      again: names that will be written at `start` once more, so that what stands there of them is dropped.
     """
 
-    def __init__(self, path: str | Path, *, start: int = 0):
+    def __init__(self, path: str | Path, *, start: int = 0, again: Sequence[str] = ()):
         self.path = Path(path)
         try:
             if self.path.exists():
-                _truncate(self.path, start)
+                _truncate(self.path, start, again)
             self._file = open(self.path, "a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"metrics cannot be written to {self.path}: {error.strerror or error}") from None
@@ -89,13 +90,14 @@ def _record(line: str) -> dict | None:
     return record if line.endswith("\n") and isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _truncate(path: Path, start: int) -> None:
+def _truncate(path: Path, start: int, again: Sequence[str]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     dropped = False
     with open(path, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
         for line in old:
             record = _record(line)
-            if record is not None and record["step"] <= start and start > 0:
+            kept = record is not None and record["step"] <= start and start > 0
+            if kept and not (record["step"] == start and any(name in record for name in again)):
                 new.write(line)
             else:
                 dropped = True

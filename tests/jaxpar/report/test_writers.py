@@ -32,6 +32,25 @@ def test_a_resumed_file_is_that_of_an_uninterrupted_run(tmp_path, torn):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.jsonl", "whole.jsonl"]
 
 
+def test_what_the_end_of_a_run_writes_is_there_once(tmp_path):
+    path = tmp_path / "m.jsonl"
+    for start in (0, 6):  # the run, and the same command once more
+        writer = JsonLines(path, start=start, again=("held_out/loss", "sample") if start else ())
+        for step in range(start + 1, 7):
+            writer.write(step, {"loss": 1.0 / step})
+        if not start:
+            writer.write(3, {"held_out/loss": 3.0})
+        writer.write(6, {"held_out/loss": 2.0})
+        writer.text(6, "sample", "def")
+        writer.close()
+        told = [(r["step"], *sorted(r.keys() - {"step"})) for r in read_lines(path)]
+        assert told == [(step, "loss") for step in range(1, 7)] + [
+            (3, "held_out/loss"),
+            (6, "held_out/loss"),
+            (6, "sample"),
+        ]
+
+
 def test_a_new_run_starts_a_new_file(tmp_path):
     write(JsonLines(tmp_path / "m.jsonl"), 1, 6)
     write(JsonLines(tmp_path / "m.jsonl", start=0), 1, 2)
