@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.pallas_kernels.formats.format import NAMES, Format, get
 
 if TYPE_CHECKING:
-    from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, fake_quantise, quantise
+    from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, fake_quantise, quantise, split
     from jaxpar.pallas_kernels.formats.rotation import rotate, signs
 
 _WITH_JAX = {
@@ -24,6 +24,7 @@ _WITH_JAX = {
     "quantise": "quantised",
     "rotate": "rotation",
     "signs": "rotation",
+    "split": "quantised",
 }
 
 
@@ -34,4 +35,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["NAMES", "Format", "Quantised", "dequantise", "fake_quantise", "get", "quantise", "rotate", "signs"]
+__all__ = ["NAMES", "Format", "Quantised", "dequantise", "fake_quantise", "get", "quantise", "rotate", "signs", "split"]

@@ -92,9 +92,16 @@ class Int:
         """uint8 codes to float32 values."""
         import jax.numpy as jnp
 
-        # The sign bit moved to the top of an int32, and back with copies of itself.
-        whole = (codes.astype(jnp.int32) << (32 - self.bits)) >> (32 - self.bits)
-        return whole.astype(jnp.float32) * np.float32(2.0**-self.fraction)
+        return self.integers(codes).astype(jnp.float32) * np.float32(2.0**-self.fraction)
+
+    def integers(self, codes):
+        """uint8 codes to int8: the values in steps of 2^-fraction."""
+        import jax
+        import jax.numpy as jnp
+
+        # The sign bit moved to the top, and back with copies of itself.
+        unused = 8 - self.bits
+        return jax.lax.bitcast_convert_type(codes << np.uint8(unused), jnp.int8) >> np.int8(unused)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,22 @@ def _dequantise(q: Quantised, dtype) -> jax.Array:
     return _unscaled(values, q.scales, q.tensor, q.format, q.axis).astype(dtype)
 
 
+def split(q: Quantised, dtype) -> tuple[jax.Array, jax.Array | None]:
+    """The array as `inside · outside`: what differs along the quantised axis, in `dtype`, and what does not, in float32.
+
+    A sum over the axis may so be taken of `inside` alone, which is exact in bfloat16 (away from the ends of its range) for
+    all formats but those with a float32 a group of values, where it is rounded.
+
+    Returns:
+      inside of q's shape; outside with 1 in the quantised dimension, or None for 1 everywhere.
+    """
+    values, scales, tensor = q.format.element.decode(unpack(q.codes, q.format.stored_bits, q.axis)), q.scales, q.tensor
+    if q.scales.dtype == jnp.float32 and q.scales.shape[q.axis] == 1:
+        return values.astype(dtype), q.scales
+    ones = None if tensor is None else jnp.ones_like(tensor)
+    return _unscaled(values, scales, ones, q.format, q.axis).astype(dtype), tensor
+
+
 def fake_quantise(x, fmt: str | Format, axis: int = -1, *, key=None, stacked: int = 0) -> jax.Array:
     """`dequantise(quantise(x, ...))` in x's dtype, with the derivative of the identity (the straight-through estimator).
 

@@ -1,0 +1,12 @@
+"""Products of matrices in number formats: one public function, several implementations.
+
+api.py          quant_matmul: which operand is in which format, forwards and backwards
+products.py     one product of two operands with plain XLA: integers, 8-bit floats, or scaled values
+scaled_dot.py   the same by XLA's own scaled product, for the formats that some chips multiply themselves
+reference.py    the same in NumPy: float64, and int64 where both are integers
+"""
+
+from jaxpar.pallas_kernels.matmul.api import IMPLEMENTATIONS, Operands, quant_matmul
+from jaxpar.pallas_kernels.matmul.reference import product_reference
+
+__all__ = ["IMPLEMENTATIONS", "Operands", "product_reference", "quant_matmul"]
