@@ -208,6 +208,7 @@ class RunConfig:
         if skipping is not None:
             try:
                 self.model.residual.check_route(skipping)
+                self.model.exits.check_route(skipping)
             except ValueError as error:
                 raise UserError(str(error)) from None
             try:
@@ -257,11 +258,16 @@ class RunConfig:
         """What is wrapped around the step (of a config that is `settled`), innermost first: routes are outside of accumulation, whose parts take the same
         ones, and inside of what judges gradients."""
         accumulation, *rest = self.step.transforms()
-        if self.skipping is None:
-            return (accumulation, *rest)
-        from jaxpar.skipping.transform import skipping
+        routes, model = (), self.model
+        if model.exits.at and model.exits.loss.changes:
+            from jaxpar.adaptive.curriculum import exit_weights
 
-        return (accumulation, skipping(self.skipping, self.model.layers), *rest)
+            routes = (exit_weights(model.exits, model.layers),)
+        if self.skipping is not None:
+            from jaxpar.skipping.transform import skipping
+
+            routes = (*routes, skipping(self.skipping, model.layers))
+        return (accumulation, *routes, *rest)
 
 
 def same_run(config: RunConfig) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Flops:
       feedforward: the feed-forward layers.
       residual: the residual operator's own products.
       head: the output projection.
+      exits: heads of early exits, which training runs beside it; decoding that never asks them does not.
     """
 
     projections: float
@@ -43,6 +44,7 @@ class Flops:
     feedforward: float
     residual: float
     head: float
+    exits: float = 0.0
 
     @property
     def layers(self) -> float:
@@ -50,7 +52,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        return self.layers + self.head
+        return self.layers + self.head + self.exits
 
 
 def pairs(length: int, window: int | None = None, *, causal: bool = True) -> int:
@@ -77,6 +79,7 @@ def forward(cfg: ModelConfig, length: int | None = None, *, causal: bool = True)
         feedforward=cfg.layers * cfg.feedforward.flops(cfg),
         residual=cfg.layers * residual(cfg),
         head=2 * D * cfg.vocabulary,
+        exits=cfg.exits.flops(cfg),
     )
 
 

@@ -138,13 +138,20 @@ def build(
 
     def grad_fn(params, batch: Batch, control: Control, key) -> Gradients:
         if control is not None and control.route is not None:
-            loss_sum, weight_sum, grads = over_routes(gradients, params, batch, key, control.route)
+            sums, grads = over_routes(gradients, params, batch, key, control.route)
         else:
-            loss_sum, weight_sum, grads = gradients(params, batch, key)
+            sums, grads = gradients(params, batch, key)
         if mesh.size > 1:
             # Gradients live where their parameters do, so that a sum over fsdp becomes a reduce-scatter.
             grads = jax.lax.with_sharding_constraint(grads, param_shardings)
-        return Gradients(loss_sum, weight_sum.astype(jnp.float32), grads)
+        aux = {}
+        if sums.exits is not None:
+            aux = {f"exits/{layer}": sums.exits[i] for i, layer in enumerate((*cfg.exits.at, cfg.layers))}
+        return Gradients(sums.loss_sum, sums.weight_sum.astype(jnp.float32), grads, aux)
+
+    def eval_fn(params, batch: Batch, route=None):
+        sums = loss(params, batch, None, route)
+        return sums.loss_sum, sums.weight_sum
 
     return Program(
         cfg=cfg,
@@ -155,7 +162,7 @@ def build(
         batch_sharding=batch_sharding(mesh, rules),
         ops=ops,
         grad_fn=grad_fn,
-        eval_fn=lambda params, batch, route=None: loss(params, batch, None, route),
+        eval_fn=eval_fn,
         notes=(note,) if note else (),
     )
 
@@ -188,6 +195,7 @@ def checked(
     over = math.prod(sizes[a] for a in rules.mesh_axes("batch", "activations"))
     at_a_time = rows // over if rows is not None and pipeline is None else None
     tensor.check(sizes, rows=at_a_time, over=over, length=length)
+    cfg.exits.check_stages(sizes["stage"] if pipeline is not None else 1)
     if pipeline is not None:
         placement = straight(sizes["stage"])
         if rows is not None:
@@ -200,11 +208,15 @@ def checked(
 
 
 def differentiated(loss: Loss):
-    """(params, batch, key, route=None) -> loss_sum, weight_sum and the gradient of loss_sum, by JAX."""
+    """(params, batch, key, route=None) -> `LossSums` and the gradient of loss_sum, by JAX."""
+
+    def total(*args):
+        sums = loss(*args)
+        return sums.loss_sum, sums
 
     def gradients(params: Tree, batch: Batch, key, route=None):
-        (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key, route)
-        return loss_sum, weight_sum, grads
+        (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params, batch, key, route)
+        return sums, grads
 
     return gradients
 

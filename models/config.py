@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from jaxpar.models.exits.config import Exits
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, NoPositions, Rope
@@ -68,6 +69,7 @@ class ModelConfig:
       positions: how positions enter.
       feedforward: the feed-forward layer.
       residual: the residual stream's operator.
+      exits: where tokens may leave the stack early, and how that is trained.
       qkv_bias, attention_out_bias: biases of the attention projections (the feed-forward's own stand in its strategy).
       window: attention span, in tokens, of sliding-window layers; a query sees itself and `window - 1` before it.
       window_pattern: which layers slide, repeated over the stack: `(True,)` all (Mistral), `(True,)*5 + (False,)` five
@@ -99,6 +101,7 @@ class ModelConfig:
     positions: Positions = Rope()
     feedforward: FeedForward = GatedMLP()
     residual: Residual = Plain()
+    exits: Exits = Exits()
     qkv_bias: bool = False
     attention_out_bias: bool = False
     window: int | None = None
@@ -151,6 +154,7 @@ class ModelConfig:
                 f"{self.head_size} dimensions are rotated; choose an even number"
             )
         self.residual.check(self)
+        self.exits.check(self)
 
     def replace(self, **changes) -> ModelConfig:
         """A copy with other values; derived sizes (kv_heads, head_size, hidden) keep what they were."""

@@ -61,10 +61,17 @@ class Output:
 
 @struct.dataclass
 class LossSums:
-    """Weighted sum of token losses (nats) and sum of weights, float32 scalars: they add up over microbatches."""
+    """Sums over tokens, float32: they add up over microbatches.
+
+    Attributes:
+      loss_sum: the weighted sum of token losses (nats); what training minimises.
+      weight_sum: the sum of weights.
+      exits: [n + 1], the weighted sums of token losses at n exits and, last, at the last layer, where exits are trained.
+    """
 
     loss_sum: jax.Array
     weight_sum: jax.Array
+    exits: jax.Array | None = None
 
 
 def spec(cfg: ModelConfig) -> Tree:
@@ -73,6 +80,8 @@ def spec(cfg: ModelConfig) -> Tree:
     head = {"norm": cfg.norm.spec(cfg.width)}
     if residual := cfg.residual.head_spec(cfg):
         head["residual"] = residual
+    if exits := cfg.exits.spec(cfg):
+        head["exits"] = exits
     if not cfg.tied_embeddings:
         head["unembed"] = {
             "kernel": ParamSpec((cfg.width, cfg.vocabulary), ("embed", "vocabulary"), Normal(cfg.init_std))
@@ -212,10 +221,12 @@ def unembedding(cfg: ModelConfig, params: Tree):
     return params["embedding"]["tokens"] if cfg.tied_embeddings else params["head"]["unembed"]["kernel"].T
 
 
-def final_norm(cfg: ModelConfig, params: Tree, state):
-    """What the output projection sees: [B, T, D]."""
+def final_norm(cfg: ModelConfig, params: Tree, state, at: int | None = None, ops: Ops = Ops()):
+    """What the output projection sees, [B, T, D], behind layer `at` (None: the last)."""
     x_BxTxD = cfg.residual.final(cfg, params["head"].get("residual", {}), state)
-    return cfg.norm(params["head"]["norm"], x_BxTxD)
+    if at is None:
+        return cfg.norm(params["head"]["norm"], x_BxTxD)
+    return cfg.exits.normed(cfg, params["head"], x_BxTxD, at, ops.matmul)
 
 
 def logits_of(cfg: ModelConfig, params: Tree, x_BxTxD, ops: Ops):
@@ -230,10 +241,11 @@ def logits_of(cfg: ModelConfig, params: Tree, x_BxTxD, ops: Ops):
     return ops.constrain(logits, ("batch", "length", "vocabulary"))
 
 
-def head(cfg: ModelConfig, params: Tree, state, ctx: Context, targets=None, weights=None):
+def head(cfg: ModelConfig, params: Tree, state, ctx: Context, targets=None, weights=None, at: int | None = None):
     """Final norm and output projection.
 
     Args:
+      at: behind which layer: an exit's own head, where there is one. None: behind the last.
       targets: int32 [B, T]. None: return logits.
       weights: float32 [B, T], the loss weight of each target. None: 1.
 
@@ -243,9 +255,9 @@ def head(cfg: ModelConfig, params: Tree, state, ctx: Context, targets=None, weig
     """
     if (parts := ctx.ops.shards.parts) > 1:
         rows = zip(state, ctx.cut(), *(cut(x, parts) for x in (targets, weights)), strict=True)
-        found = [head(cfg, params, *part) for part in rows]
+        found = [head(cfg, params, *part, at=at) for part in rows]
         return join(found) if targets is None else jax.tree.map(lambda *sums: sum(sums), *found)
-    x_BxSxD = ctx.ops.constrain(final_norm(cfg, params, state), ("batch", "length", "embed"))
+    x_BxSxD = ctx.ops.constrain(final_norm(cfg, params, state, at, ctx.ops), ("batch", "length", "embed"))
     if targets is None:
         return logits_of(cfg, params, x_BxSxD, ctx.ops)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
@@ -263,11 +275,65 @@ def apply(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context | None = None
 
 
 def loss(cfg: ModelConfig, params: Tree, tokens_BxT, targets_BxT, weights_BxT=None, ctx: Context | None = None):
-    """The summed next-token loss of a batch: `LossSums`."""
+    """The summed next-token loss of a batch: `LossSums`.
+
+    Where the model has exits and is being trained (`ctx.key` is given), their losses too; see `loss_at_exits`.
+    """
     ctx = Context() if ctx is None else ctx
     state = embed(cfg, params, tokens_BxT, ctx)
+    if cfg.exits.at and ctx.key is not None:
+        return loss_at_exits(cfg, params, state, ctx, targets_BxT, weights_BxT)
     state, _ = through(cfg, params, state, ctx)
     return head(cfg, params, state, ctx, targets_BxT, weights_BxT)
+
+
+def segments(cfg: ModelConfig, params: Tree, state, ctx: Context, at: tuple[int, ...]) -> list:
+    """The states behind the layers `at` (rising, without the last) and behind the last, without a cache."""
+    # One split, whose gradient joins the parts: a slice of each would add up arrays of the size of the stack.
+    parts = [jnp.split(leaf, at) for leaf in jax.tree.leaves(params["layers"])]
+    tree, states = jax.tree.structure(params["layers"]), []
+    for i, (first, last) in enumerate(zip((0, *at), (*at, cfg.layers), strict=True)):
+        own = ctx if ctx.route is None else ctx.replace(route=ctx.route.part(first, last))
+        state, _ = blocks(cfg, jax.tree.unflatten(tree, [part[i] for part in parts]), state, own, first)
+        states.append(state)
+    return states
+
+
+def loss_at_exits(cfg: ModelConfig, params: Tree, state, ctx: Context, targets, weights=None) -> LossSums:
+    """The losses at all exits and at the last layer, joined as `cfg.exits.loss` says.
+
+    Args:
+      state: what `embed` gave.
+      ctx: `ctx.route.exits`, where given, are the weights of this step.
+
+    Raises:
+      ValueError: a route through other layers than the stack's.
+    """
+    scheme, at, route = cfg.exits.loss, cfg.exits.at, ctx.route
+    if route is not None and route.layers is not None:
+        raise ValueError(f"model.exits.at = {at} are places in the stack, and the route names its layers anew")
+    states = segments(cfg, params, state, ctx, at)
+    heads = zip(states, (*at, None), strict=True)
+    found = [head(cfg, params, state, ctx, targets, weights, at=layer) for state, layer in heads]
+    sums = jnp.stack([one.loss_sum for one in found])
+    each = scheme.weights(at, cfg.layers) if route is None or route.exits is None else route.exits
+    total = jnp.sum(each.astype(sums.dtype) * sums)
+    if scheme.distillation:
+        teach = partial(distance, cfg, params, states[-1], ctx, weights)
+        total += scheme.distillation * sum(teach(state, layer) for state, layer in zip(states[:-1], at, strict=True))
+    return LossSums(total, found[-1].weight_sum, sums)
+
+
+def distance(cfg: ModelConfig, params: Tree, last, ctx: Context, weights, state, at: int):
+    """The weighted sum over tokens of the mean squared distance of what the output projection sees behind layer `at` from
+    what it sees behind the last, which is not moved: float32."""
+    if (parts := ctx.ops.shards.parts) > 1:
+        rows = zip(last, ctx.cut(), cut(weights, parts), state, strict=True)
+        return sum(distance(cfg, params, last, own, weights, state, at) for last, own, weights, state in rows)
+    goal = jax.lax.stop_gradient(final_norm(cfg, params, last))
+    apart = (final_norm(cfg, params, state, at, ctx.ops) - goal).astype(jnp.float32)
+    apart_BxS = jnp.mean(jnp.square(apart), axis=-1)
+    return jnp.sum(apart_BxS if weights is None else apart_BxS * ctx.ops.shards.own(weights))
 
 
 def forward(cfg: ModelConfig, params: Tree, tokens_BxQ, cache: KVCache, counts_B=None, ops: Ops = Ops(), last=False):

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
+from jaxpar.models.exits.config import Adapter, Exits, Free
 from jaxpar.models.feedforward.dense import MLP
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, Rope
@@ -55,6 +56,7 @@ MODELS = {
     "hyper-connections": LLAMA.replace(layers=4, residual=ManifoldHyperConnections(streams=2)),
     "deep delta": LLAMA.replace(layers=4, residual=DeepDelta(channels=4)),
     "mudd": LLAMA.replace(layers=4, residual=MuddFormer()),
+    "exits": LLAMA.replace(layers=2, dropout=0.1, exits=Exits((1,), Adapter(4), Free(0.5))),
 }
 # A large epsilon, so that a gradient that is nothing but rounding does not become a step of full size.
 OPTIMISER = AdamW(schedule=Constant(1e-2), epsilon=1e-3)

@@ -97,7 +97,7 @@ class PipelineProgram:
     # -- the two functions -----------------------------------------------------------------------------------------------
 
     def gradients(self, params: Tree, batch: Batch, key, route: Route | None = None) -> tuple:
-        """loss_sum, weight_sum and the gradient of loss_sum, placed as the parameters are.
+        """`LossSums` and the gradient of loss_sum, placed as the parameters are.
 
         Raises:
           ValueError: a route: here the schedule says which stages a microbatch visits.
@@ -126,10 +126,10 @@ class PipelineProgram:
         outs = (PartitionSpec(), shared_specs, layer_specs)
         loss, d_shared, d_layers = self.mapped(local, outs)(shared, layers, *self.arrange(batch), key)
         grads = {**d_shared, LAYERS: self.collect(d_layers, split)}
-        return loss, jnp.sum(batch.weights.astype(jnp.float32)), grads
+        return decoder.LossSums(loss, jnp.sum(batch.weights.astype(jnp.float32))), grads
 
-    def loss(self, params: Tree, batch: Batch, key, route: Route | None = None) -> tuple[jax.Array, jax.Array]:
-        """loss_sum and weight_sum: forwards only, stage after stage."""
+    def loss(self, params: Tree, batch: Batch, key, route: Route | None = None) -> decoder.LossSums:
+        """The sums alone: forwards only, stage after stage."""
         refuse(route)
         split = self.split(straight(self.sizes[STAGE]))
         rows = batch.tokens.shape[0] // math.prod(self.sizes[a] for a in self.rows)
@@ -141,7 +141,8 @@ class PipelineProgram:
             return jax.lax.psum(found, self.by_hand)
 
         run = self.mapped(local, PartitionSpec())
-        return run(*self.deal(params, split), *self.arrange(batch), key), jnp.sum(batch.weights.astype(jnp.float32))
+        found = run(*self.deal(params, split), *self.arrange(batch), key)
+        return decoder.LossSums(found, jnp.sum(batch.weights.astype(jnp.float32)))
 
     # -- what is around the table ---------------------------------------------------------------------------------------
 

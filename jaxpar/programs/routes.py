@@ -21,7 +21,7 @@ def over_routes(gradients: Callable, params: Tree, batch: Batch, key, route: Rou
       route: leaves [M, ...]; row i of the batch takes route i mod M.
 
     Returns:
-      loss_sum, weight_sum and the gradient of loss_sum. A layer that a microbatch does not visit gets exactly zero from
+      `LossSums` and the gradient of loss_sum. A layer that a microbatch does not visit gets exactly zero from
       it.
 
     Raises:

@@ -177,8 +177,7 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand
 
 
 def local_loss(cfg: ModelConfig, ops: Ops, params, batch: Batch, places, key, route: Route | None = None):
-    """The sums of a device's own tokens."""
+    """The sums of a device's own tokens: `LossSums`."""
     tokens = dict(positions=batch.positions, segments=batch.segments, sample_ids=batch.sample_ids, places=places)
     ctx = Context(**tokens, key=key, route=route, ops=ops)
-    sums = decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, ctx)
-    return sums.loss_sum, sums.weight_sum
+    return decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, ctx)

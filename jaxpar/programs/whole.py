@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
@@ -14,8 +12,8 @@ from jaxpar.models.route import Route
 from jaxpar.step import Batch
 
 Tree = Any
-Loss = Callable[..., tuple[jax.Array, jax.Array]]
-"""(params, batch, key or None, route=None) -> loss_sum, weight_sum."""
+Loss = Callable[..., decoder.LossSums]
+"""(params, batch, key or None, route=None) -> sums over the batch's tokens."""
 
 
 def loss_fn(cfg: ModelConfig, ops: Ops) -> Loss:
@@ -23,7 +21,6 @@ def loss_fn(cfg: ModelConfig, ops: Ops) -> Loss:
 
     def loss(params: Tree, batch: Batch, key, route: Route | None = None):
         ctx = Context(batch.positions, batch.segments, key=key, sample_ids=batch.sample_ids, route=route, ops=ops)
-        sums = decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, ctx)
-        return sums.loss_sum, sums.weight_sum
+        return decoder.loss(cfg, params, batch.tokens, batch.targets, batch.weights, ctx)
 
     return loss

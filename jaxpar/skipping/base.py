@@ -19,6 +19,8 @@ class Skipping:
 
     name: ClassVar[str] = ""
     """Of the strategy, in messages."""
+    reorders: ClassVar[bool] = False
+    """Whether layers run in other places than the stack's; else some are left out where they stand."""
 
     microbatches: int = 1
 

@@ -26,6 +26,7 @@ class Fixed(Skipping):
       stages: S.
     """
 
+    reorders: ClassVar[bool] = True
     least: ClassVar[int] = 2
     """The fewest stages that make sense."""
 

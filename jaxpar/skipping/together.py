@@ -24,6 +24,7 @@ class Swapped(Skipping):
     """
 
     name: ClassVar[str] = "swap-ends"
+    reorders: ClassVar[bool] = True
 
     microbatches: int = 2
     chance: Chance = LayerDrop(2)

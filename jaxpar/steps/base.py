@@ -24,7 +24,8 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation) -> Step:
         `batch.sample_ids`, so that it depends neither on the mesh nor on microbatches.
       tx: the optimiser, see `jaxpar.optimisers.make`.
 
-    Metrics: `loss` (mean nats per token), `tokens` (sum of loss weights), `grad_norm` (of the mean gradient).
+    Metrics: `loss` (mean nats per token), `tokens` (sum of loss weights), `grad_norm` (of the mean gradient), and
+    the means of `Gradients.aux`.
     """
 
     def init(params: Tree, key: jax.Array) -> TrainState:
@@ -52,7 +53,7 @@ def make_step(grad_fn: GradFn, tx: optax.GradientTransformation) -> Step:
             "loss": gradients.loss_sum / weight,
             "tokens": gradients.weight_sum,
             "grad_norm": optax.tree.norm(mean),
-            **gradients.aux,
+            **{name: total / weight for name, total in gradients.aux.items()},
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
