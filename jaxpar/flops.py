@@ -71,12 +71,15 @@ def forward(cfg: ModelConfig, length: int | None = None, *, causal: bool = True)
     """
     T = cfg.context if length is None else length
     D, H, G, K = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_size
-    visible = sum(pairs(T, cfg.window if cfg.slides(i) else None, causal=causal) for i in range(cfg.layers))
+    # Of T tokens, how many run in each layer: all of them, but where a router picks.
+    run = [cfg.depth.size(i, T) for i in range(cfg.layers)]
+    share = sum(run) / T
+    visible = sum(pairs(n, cfg.window if cfg.slides(i) else None, causal=causal) for i, n in enumerate(run))
     residual: Callable[[ModelConfig], int] = getattr(cfg.residual, "flops", lambda cfg: 0)
     return Flops(
-        projections=cfg.layers * (2 * D * K * (H + 2 * G) + 2 * H * K * D),
+        projections=share * (2 * D * K * (H + 2 * G) + 2 * H * K * D),
         scores=visible * 4 * H * K / T,
-        feedforward=cfg.layers * cfg.feedforward.flops(cfg),
+        feedforward=share * cfg.feedforward.flops(cfg),
         residual=cfg.layers * residual(cfg),
         head=2 * D * cfg.vocabulary,
         exits=cfg.exits.flops(cfg),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,11 @@ from jaxpar.errors import UserError
 from jaxpar.models import cache as kv
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
-from jaxpar.models.context import Ops
+from jaxpar.models.context import Context, Ops
 from jaxpar.models.positions import Learned
+from jaxpar.models.routing.record import Skip
+from jaxpar.models.routing.skip import Skipping, check
+from jaxpar.models.steering import Steering
 from jaxpar.sampling import Sampler
 
 
@@ -36,6 +40,49 @@ def generate(
     vocabulary: int | None = None,
     ops: Ops = Ops(),
 ) -> list[list[int]]:
+    """Continue each prompt: `continued` without what was left out."""
+    return continued(
+        cfg,
+        params,
+        prompts,
+        new_tokens=new_tokens,
+        sampler=sampler,
+        stop=stop,
+        key=key,
+        vocabulary=vocabulary,
+        ops=ops,
+    ).rows
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What was generated, and what was left out meanwhile.
+
+    Attributes:
+      rows: the new tokens of each row.
+      skipped: layers' parts that tokens left out, of all that they had: what masking simulates.
+      spared: parts that did not run, of all: what is truly saved. With one row, `skipped`.
+    """
+
+    rows: list[list[int]]
+    skipped: float = 0.0
+    spared: float = 0.0
+
+
+def continued(
+    cfg: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    sampler: Sampler = Sampler(),
+    stop: Sequence[int] = (),
+    key=None,
+    vocabulary: int | None = None,
+    ops: Ops = Ops(),
+    skip: Skipping | None = None,
+    steering: Steering | None = None,
+) -> Continued:
     """Continue each prompt.
 
     Args:
@@ -44,15 +91,21 @@ def generate(
       stop: ids that end a row; the id itself is not returned.
       key: random key; row b's t-th token uses fold_in(fold_in(key, b), t), whatever else is in the batch.
       vocabulary: ids from here on are never chosen (rows that pad the embedding). None: all may be.
+      skip: which parts of layers tokens leave out, see `jaxpar.models.routing.skip`. None: none.
+      steering: what is added to the stream at each prompt's last token and at every new one (its `tokens` are not looked
+        at), see `jaxpar.models.steering`. None: nothing.
 
     Returns:
-      The new tokens of each row.
+      The new tokens of each row, and what was left out.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, or a length beyond the model's context.
+      ValueError: skipping that does not suit the model.
     """
     prompts = [list(p) for p in prompts]
     check_prompts(cfg, prompts, new_tokens)
+    if skip is not None:
+        check(skip, cfg)
     longest = max(len(p) for p in prompts)
     width = bucket(longest)
     tokens_BxP = np.zeros((len(prompts), width), np.int32)
@@ -60,7 +113,7 @@ def generate(
         row[: len(p)] = p
     counts_B = np.array([len(p) for p in prompts], np.int32)
     stop_ids = np.array(sorted(set(stop)), np.int32)
-    out, lengths = _run(
+    out, lengths, told = _run(
         cfg,
         sampler,
         # Room for the padding of the prefill too, whose slots lie behind the real ones until they are overwritten.
@@ -68,15 +121,20 @@ def generate(
         bucket(new_tokens),
         vocabulary if vocabulary is not None else cfg.vocabulary,
         ops,
+        skip,
         params,
+        steering,
         tokens_BxP,
         counts_B,
         jnp.asarray(new_tokens, jnp.int32),
         stop_ids,
         jax.random.key(0) if key is None else key,
     )
-    out, lengths = np.asarray(out), np.asarray(lengths)
-    return [row[:n].tolist() for row, n in zip(out, lengths, strict=True)]
+    out, lengths, told = jax.device_get((out, lengths, told))
+    passes, skipped, spared = told
+    rows = [row[:n].tolist() for row, n in zip(out, lengths, strict=True)]
+    parts = max(cfg.layers * int(passes), 1)
+    return Continued(rows, float(skipped) / max(cfg.layers * int(lengths.sum()), 1), float(spared) / parts)
 
 
 def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
@@ -102,8 +160,10 @@ def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], new_tokens
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _run(cfg, sampler, capacity, room, vocabulary, ops, params, tokens_BxP, counts_B, limit, stop_ids, key):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _run(
+    cfg, sampler, capacity, room, vocabulary, ops, skip, params, steering, tokens_BxP, counts_B, limit, stop_ids, key
+):
     """Prefill, then one token at a time until every row has stopped or has `limit` tokens.
 
     Everything that changes from call to call within a bucket (lengths, limit, stop ids' values, key) is traced.
@@ -120,23 +180,41 @@ def _run(cfg, sampler, capacity, room, vocabulary, ops, params, tokens_BxP, coun
     def stops(token_B):
         return (token_B[:, None] == stop_ids[None, :]).any(-1)
 
-    cache = kv.empty(cfg, B, capacity)
-    logits, cache = decoder.forward(cfg, params, tokens_BxP, cache, counts_B, ops, last=True)
+    cache = kv.empty(cfg, B, capacity, there=skip is not None and skip.keys == "mask", form=ops.cache)
+    at_end = None
+    if steering is not None:
+        at_end = steering.replace(tokens=jnp.arange(tokens_BxP.shape[1])[None] == counts_B[:, None] - 1)
+        steering = steering.replace(tokens=None)
+    ctx = Context(cache=cache, steering=at_end, ops=ops)
+    logits, cache, _ = decoder.advance(cfg, params, tokens_BxP, ctx, counts_B, last=True)
     first_B = choose(logits, 0)
-    start = (0, first_B, ~stops(first_B), cache, jnp.zeros((B, room), jnp.int32), jnp.zeros(B, jnp.int32))
+    start = (
+        0,
+        first_B,
+        ~stops(first_B),
+        cache,
+        jnp.zeros((B, room), jnp.int32),
+        jnp.zeros(B, jnp.int32),
+        jnp.zeros(2, jnp.int32),
+    )
 
     def going(carry):
         t, _, alive_B, *_ = carry
         return (t < limit) & alive_B.any()
 
     def body(carry):
-        t, token_B, alive_B, cache, out, lengths_B = carry
+        t, token_B, alive_B, cache, out, lengths_B, left_out = carry
         out = out.at[:, t].set(jnp.where(alive_B, token_B, 0))
         lengths_B = lengths_B + alive_B
         # Rows that have stopped write to a slot that they never advance over.
-        logits, cache = decoder.forward(cfg, params, token_B[:, None], cache, alive_B.astype(jnp.int32), ops)
+        ctx = Context(cache=cache, steering=steering, ops=ops)
+        if skip is not None:
+            ctx = ctx.replace(skip=Skip(jnp.broadcast_to(t >= skip.warmup, (B, 1)), skip))
+        logits, cache, aux = decoder.advance(cfg, params, token_B[:, None], ctx, alive_B.astype(jnp.int32))
+        if skip is not None:
+            left_out += jnp.stack([(aux.record.skipped * alive_B[:, None]).sum(), aux.record.spared])
         token_B = choose(logits, t + 1)
-        return t + 1, token_B, alive_B & ~stops(token_B), cache, out, lengths_B
+        return t + 1, token_B, alive_B & ~stops(token_B), cache, out, lengths_B, left_out
 
-    *_, out, lengths_B = jax.lax.while_loop(going, body, start)
-    return out, lengths_B
+    steps, *_, out, lengths_B, left_out = jax.lax.while_loop(going, body, start)
+    return out, lengths_B, (steps, *left_out)

@@ -196,6 +196,13 @@ def checked(
     at_a_time = rows // over if rows is not None and pipeline is None else None
     tensor.check(sizes, rows=at_a_time, over=over, length=length)
     cfg.exits.check_stages(sizes["stage"] if pipeline is not None else 1)
+    spread = {
+        f"layers lie on {sizes['stage']} stages": pipeline is not None,
+        f"tokens lie on {sizes['sequence']} devices": sizes["sequence"] > 1,
+        f"products are spread by hand (tensor.products = {tensor.products!r})": tensor.by_hand(sizes),
+    }
+    for part in (cfg.feedforward, cfg.depth):
+        part.check_spread(next((how for how, so in spread.items() if so), None))
     if pipeline is not None:
         placement = straight(sizes["stage"])
         if rows is not None:

@@ -7,9 +7,15 @@ early are one code path; rolling a row back is a smaller `lens`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from jaxpar.pallas_kernels.formats.format import Format, get
+from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, quantise
+from jaxpar.pallas_kernels.formats.scales import E4M3
 
 
 @struct.dataclass
@@ -17,30 +23,81 @@ class KVCache:
     """L layers, B rows, S slots, G key/value heads, K head size.
 
     Attributes:
-      k: [L, B, S, G, K] keys, already rotated.
-      v: [L, B, S, G, K] values.
+      k: [L, B, S, G, K] keys, already rotated; or `Quantised` along K.
+      v: [L, B, S, G, K] values, likewise.
       lens: int32 [B], tokens held by each row.
+      there: bool [L, B, S], whether a token has keys and values at a layer: one that did not run there has none, and must
+        be masked (a key of zeros would still get its share of the softmax). None: every token ran in every layer.
     """
 
     k: jax.Array
     v: jax.Array
     lens: jax.Array
+    there: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
         return self.k.shape[2]
 
 
-def empty(cfg, rows: int, capacity: int, dtype=None) -> KVCache:
-    """A cache for `rows` rows of at most `capacity` tokens."""
+@struct.dataclass
+class Pages:
+    """What goes from layer to layer beside the residual state. What a call does not use is None.
+
+    Attributes:
+      k, v, there: as in `KVCache`.
+      record: what a policy that leaves parts of layers out keeps, see `jaxpar.models.routing.skip`.
+      tally: what a feed-forward layer with a router counts, see `jaxpar.models.feedforward.duo`.
+    """
+
+    k: jax.Array | None = None
+    v: jax.Array | None = None
+    there: jax.Array | None = None
+    record: Any = None
+    tally: Any = None
+
+
+def empty(
+    cfg, rows: int, capacity: int, dtype=None, *, there: bool = False, form: str | Format | None = None
+) -> KVCache:
+    """A cache for `rows` rows of at most `capacity` tokens; with `there`, for tokens that do not run in every layer.
+
+    Args:
+      form: the number format that keys and values are kept in, a scale for each block of a head. None: `dtype`.
+
+    Raises:
+      ValueError: a format whose blocks do not divide the head size, or that has a scale for the whole tensor.
+    """
     shape = (cfg.layers, rows, capacity, cfg.kv_heads, cfg.head_size)
     dtype = jnp.dtype(cfg.dtype if dtype is None else dtype)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32))
+    known = jnp.zeros(shape[:3], bool) if there or cfg.depth.sparse else None
+    if form is None:
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32), known)
+    if reason := (found := get(form)).misfit(cfg.head_size):
+        raise ValueError(f"keys and values of heads of {cfg.head_size}: {reason}")
+    if found.block == "tensor" or isinstance(found.scale, E4M3):
+        raise ValueError(
+            f"keys and values in {found.name}: its scale for a whole tensor would change with each token; take int4_g32, "
+            "int8_row or mxint4"
+        )
+    pages = jax.eval_shape(lambda: quantise(jnp.zeros(shape), found))
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), pages)
+    return KVCache(zeros(), zeros(), jnp.zeros(rows, jnp.int32), known)
 
 
 def write(pages_LxBxSxGxK, new_BxTxGxK, layer, slots_BxT):
-    """Scatter one layer's new keys (or values) to their slots. Slots beyond the capacity are dropped."""
+    """Scatter one layer's new keys (or values, or whether there are any) to their slots. Slots beyond the capacity are dropped."""
+    if isinstance(pages_LxBxSxGxK, Quantised):
+        new = quantise(new_BxTxGxK, pages_LxBxSxGxK.format)
+        return jax.tree.map(lambda pages, part: write(pages, part, layer, slots_BxT), pages_LxBxSxGxK, new)
     rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
     return pages_LxBxSxGxK.at[layer, rows_Bx1, slots_BxT].set(
         new_BxTxGxK.astype(pages_LxBxSxGxK.dtype), mode="drop", unique_indices=True
     )
+
+
+def read(pages_LxBxSxGxK, layer, dtype):
+    """One layer's keys (or values), [B, S, G, K]."""
+    if isinstance(pages_LxBxSxGxK, Quantised):
+        return dequantise(jax.tree.map(lambda pages: pages[layer], pages_LxBxSxGxK), dtype)
+    return pages_LxBxSxGxK[layer].astype(dtype)

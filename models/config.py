@@ -11,6 +11,7 @@ from typing import Literal
 
 from jaxpar.models.exits.config import Exits
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
+from jaxpar.models.feedforward.duo import Duo
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, NoPositions, Rope
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
@@ -24,10 +25,11 @@ from jaxpar.models.residual.manifold import ManifoldHyperConnections
 from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.residual.plain import Plain
 from jaxpar.models.residual.vertical import VerticalAttention
+from jaxpar.models.routing.depth import EveryToken, MixtureOfDepths
 
 Norm = RMSNorm | LayerNorm
 Positions = Rope | Learned | NoPositions
-FeedForward = GatedMLP | MLP
+FeedForward = GatedMLP | MLP | Duo
 Residual = (
     Plain
     | AttentionResiduals
@@ -41,6 +43,8 @@ Residual = (
     | VerticalAttention
     | DepthWindow
 )
+
+Depth = EveryToken | MixtureOfDepths
 
 Remat = Literal["none", "full", "dots"]
 Dtype = Literal["float32", "bfloat16"]
@@ -69,6 +73,7 @@ class ModelConfig:
       positions: how positions enter.
       feedforward: the feed-forward layer.
       residual: the residual stream's operator.
+      depth: which tokens run in which layer.
       exits: where tokens may leave the stack early, and how that is trained.
       qkv_bias, attention_out_bias: biases of the attention projections (the feed-forward's own stand in its strategy).
       window: attention span, in tokens, of sliding-window layers; a query sees itself and `window - 1` before it.
@@ -101,6 +106,7 @@ class ModelConfig:
     positions: Positions = Rope()
     feedforward: FeedForward = GatedMLP()
     residual: Residual = Plain()
+    depth: Depth = EveryToken()
     exits: Exits = Exits()
     qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -154,6 +160,8 @@ class ModelConfig:
                 f"{self.head_size} dimensions are rotated; choose an even number"
             )
         self.residual.check(self)
+        self.feedforward.check(self)
+        self.depth.check(self)
         self.exits.check(self)
 
     def replace(self, **changes) -> ModelConfig:

@@ -13,15 +13,22 @@ from flax import struct
 
 from jaxpar.models.cache import KVCache
 from jaxpar.models.route import Route
+from jaxpar.models.routing.record import Skip
 from jaxpar.models.shards import Whole, cut
+from jaxpar.models.steering import Steering
 from jaxpar.pallas_kernels.attention import attention
+from jaxpar.pallas_kernels.formats.quantised import Quantised
+from jaxpar.pallas_kernels.matmul import quant_matmul
 
 
 def matmul(x, w, contract: int = 1):
     """`x [..., a...] · w [a..., b...] -> [..., b...]`, over the last `contract` dimensions of x and the first of w.
 
-    `w` is cast to x's dtype, and both are flattened to one plain matrix product: the form every backend is best at.
+    `w` is cast to x's dtype, and both are flattened to one plain matrix product: the form every backend is best at. One that
+    is `Quantised` is [a, b...], what is summed over being one dimension.
     """
+    if isinstance(w, Quantised):
+        return quant_matmul(x, w, contract=contract)
     inner = math.prod(w.shape[:contract])
     lead, outer = x.shape[: x.ndim - contract], w.shape[contract:]
     y = _product(x.reshape(*lead, inner), w.astype(x.dtype).reshape(inner, math.prod(outer)))
@@ -64,20 +71,26 @@ class Ops:
 
     Attributes:
       attention: as `jaxpar.pallas_kernels.attention.attention`.
-      matmul: `(x, w, contract=1) -> y`, see `matmul` above.
+      matmul: `(x, w, contract=1) -> y` of layers, see `matmul` above.
       constrain: `(x, logical axes) -> x`, says how an activation is spread. The model names logical axes only, never a
         mesh.
       shards: what of tokens, kernels and vocabulary is at hand, see `jaxpar.models.shards`.
+      cache: the number format that generation keeps keys and values in. None: the compute dtype.
     """
 
     attention: Callable = attention
     matmul: Callable = matmul
     constrain: Callable = unconstrained
     shards: Whole = Whole()
+    cache: str | None = None
 
     def columns(self, x_BxSxD, kernels: Sequence) -> list:
         """What the stream's tokens are with each of these kernels, which all read the same x: [B, T, ...] each."""
         return self.shards.columns(self.matmul, x_BxSxD, kernels)
+
+    def of_head(self) -> Ops:
+        """What the output projection is computed with: it stays in the compute dtype."""
+        return replace(self, matmul=matmul)
 
     def row(self, h, kernel, contract: int = 1):
         """The product at a branch's end, on the stream's tokens: [B, S, D]."""
@@ -100,6 +113,11 @@ class Context:
       places: int32 [T], the place in its row of each token, which dropout folds in too: a device that holds a part of
         every row says here which. None: 0, 1, 2, ...
       route: which layers run, see `Route`. None: all, in order.
+      skip: which parts of layers each token leaves out, see `jaxpar.models.routing.skip`. None: none.
+      modules: int32 [L] or [L, B, T], which module each token takes in each layer, for a feed-forward layer that has several
+        (`jaxpar.models.feedforward.duo`). None: as the layer says.
+      steering: what is added to the stream behind layers, see `jaxpar.models.steering`. None: nothing.
+      present: bool [B, T], which of these tokens get keys and values in the layer at hand. None: all.
       ops: the functions that the blocks call (static).
     """
 
@@ -110,6 +128,10 @@ class Context:
     sample_ids: jax.Array | None = None
     places: jax.Array | None = None
     route: Route | None = None
+    skip: Skip | None = None
+    modules: jax.Array | None = None
+    steering: Steering | None = None
+    present: jax.Array | None = None
     ops: Ops = struct.field(pytree_node=False, default=Ops())
 
     def cut(self) -> list[Context]:
@@ -139,11 +161,16 @@ def dropout(cfg, ctx: Context, x_BxSxD, layer, site: int):
     if cfg.dropout == 0 or ctx.key is None:
         return x_BxSxD
     S, D = x_BxSxD.shape[1:]
+    keep = 1.0 - cfg.dropout
+    kept = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, keep, (D,))))(token_keys(ctx, S, layer, site))
+    return jnp.where(kept, x_BxSxD / keep, 0).astype(x_BxSxD.dtype)
+
+
+def token_keys(ctx: Context, size: int, layer, site: int):
+    """A key for each of the stream's tokens at this layer and site: [B, size]."""
     shards = ctx.ops.shards
-    places_T = jnp.arange(S * shards.shards, dtype=jnp.int32) if ctx.places is None else ctx.places
+    places_T = jnp.arange(size * shards.shards, dtype=jnp.int32) if ctx.places is None else ctx.places
     (places_S,) = shards.own(places_T[None])
     key = jax.random.fold_in(jax.random.fold_in(ctx.key, layer), site)
-    keep = 1.0 - cfg.dropout
-    token = lambda key, place: jax.random.bernoulli(jax.random.fold_in(key, place), keep, (D,))
-    row = lambda sample: jax.vmap(partial(token, jax.random.fold_in(key, sample)))(places_S)
-    return jnp.where(jax.vmap(row)(ctx.sample_ids), x_BxSxD / keep, 0).astype(x_BxSxD.dtype)
+    row = lambda sample: jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, sample)))(places_S)
+    return jax.vmap(row)(ctx.sample_ids)

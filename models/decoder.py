@@ -22,12 +22,14 @@ from flax import struct
 
 from jaxpar.models import layers
 from jaxpar.models import spec as specs
-from jaxpar.models.cache import KVCache
+from jaxpar.models.cache import KVCache, Pages
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops, dropout
 from jaxpar.models.loss import cross_entropy
 from jaxpar.models.residual import write_once
 from jaxpar.models.route import Route
+from jaxpar.models.routing import skip
+from jaxpar.models.routing.record import Record
 from jaxpar.models.shards import cut, join
 from jaxpar.models.spec import Normal, ParamSpec
 
@@ -41,9 +43,13 @@ class Aux:
     Attributes:
       cache: the cache after these layers' keys and values were written; None where none was given. `lens` is
         unchanged: the caller knows how many of the tokens were real.
+      record: what was left out, where `ctx.skip` says so.
+      tally: what a feed-forward layer with a router counted.
     """
 
     cache: KVCache | None = None
+    record: Record | None = None
+    tally: Any = None
 
 
 @struct.dataclass
@@ -144,11 +150,12 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
     known = isinstance(first_layer, int | np.integer)
     layers_n = (np if known else jnp).arange(n) + first_layer if route.layers is None else route.layers
     kinds_n = layers.kinds_of(cfg, layers_n)
-    pages = None if ctx.cache is None else (ctx.cache.k, ctx.cache.v)
+    pages = pages_of(cfg, ctx, tables)
 
     def layer(kind, params, state, pages, number, i):
         state, pages = layers.side_by_side(cfg, params, state, pages, contexts, tables, number, i, kind)
-        return layers.committed(cfg, state, number, len(contexts)), pages
+        state = layers.committed(cfg, state, number, len(contexts))
+        return state if ctx.steering is None else ctx.steering.add(state, number), pages
 
     def one(kind, params, state, pages, number, i, keep, scale):
         run = partial(layers.remat(cfg, partial(layer, kind)), params)
@@ -172,8 +179,23 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
 
         xs = (stacked, jnp.asarray(kinds_n), jnp.asarray(layers_n), jnp.arange(n), route.keep, route.scale)
         (state, pages), _ = jax.lax.scan(body, (state, pages), xs)
-    cache = None if pages is None else ctx.cache.replace(k=pages[0], v=pages[1])
-    return state, Aux(cache=cache)
+    if pages is None:
+        return state, Aux()
+    cache = None if ctx.cache is None else ctx.cache.replace(k=pages.k, v=pages.v, there=pages.there)
+    return state, Aux(cache, pages.record, pages.tally)
+
+
+def pages_of(cfg: ModelConfig, ctx: Context, tables: list) -> Pages | None:
+    """What goes from layer to layer beside the state; None where nothing does."""
+    shape = tables[0].positions.shape
+    if ctx.cache is not None:
+        pages = Pages(ctx.cache.k, ctx.cache.v, ctx.cache.there)
+    else:
+        pages = Pages(tally=cfg.feedforward.tally(cfg, ctx, shape))
+    if ctx.skip is not None:
+        skip.check(ctx.skip.policy, cfg)
+        pages = pages.replace(record=Record.start(cfg, *shape))
+    return pages if jax.tree.leaves(pages) else None
 
 
 def uncommitted(cfg: ModelConfig):
@@ -234,7 +256,7 @@ def logits_of(cfg: ModelConfig, params: Tree, x_BxTxD, ops: Ops):
 
     Where the vocabulary is spread by hand, these are the logits of the V at hand.
     """
-    (logits,) = ops.columns(x_BxTxD, [unembedding(cfg, params).T])
+    (logits,) = ops.of_head().columns(x_BxTxD, [unembedding(cfg, params).T])
     logits = logits.astype(jnp.float32)
     if cfg.logit_cap is not None:
         logits = cfg.logit_cap * jnp.tanh(logits / cfg.logit_cap)
@@ -262,7 +284,7 @@ def head(cfg: ModelConfig, params: Tree, state, ctx: Context, targets=None, weig
         return logits_of(cfg, params, x_BxSxD, ctx.ops)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
     targets, weights = ctx.ops.shards.own((targets, weights))
-    options = dict(chunk=cfg.loss_chunk, cap=cfg.logit_cap, ops=ctx.ops)
+    options = dict(chunk=cfg.loss_chunk, cap=cfg.logit_cap, ops=ctx.ops.of_head())
     return LossSums(*cross_entropy(x_BxSxD, unembedding(cfg, params), targets, weights, **options))
 
 
@@ -277,14 +299,19 @@ def apply(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context | None = None
 def loss(cfg: ModelConfig, params: Tree, tokens_BxT, targets_BxT, weights_BxT=None, ctx: Context | None = None):
     """The summed next-token loss of a batch: `LossSums`.
 
-    Where the model has exits and is being trained (`ctx.key` is given), their losses too; see `loss_at_exits`.
+    Where the model has exits and is being trained (`ctx.key` is given), their losses too; see `loss_at_exits`. Likewise
+    what a feed-forward layer with routers adds for its budget.
     """
     ctx = Context() if ctx is None else ctx
     state = embed(cfg, params, tokens_BxT, ctx)
     if cfg.exits.at and ctx.key is not None:
         return loss_at_exits(cfg, params, state, ctx, targets_BxT, weights_BxT)
-    state, _ = through(cfg, params, state, ctx)
-    return head(cfg, params, state, ctx, targets_BxT, weights_BxT)
+    state, aux = through(cfg, params, state, ctx)
+    sums = head(cfg, params, state, ctx, targets_BxT, weights_BxT)
+    if aux.tally is None or ctx.key is None:
+        return sums
+    weights = jnp.ones(tokens_BxT.shape, jnp.float32) if weights_BxT is None else weights_BxT
+    return sums.replace(loss_sum=sums.loss_sum + cfg.feedforward.penalty(cfg, aux.tally, weights))
 
 
 def segments(cfg: ModelConfig, params: Tree, state, ctx: Context, at: tuple[int, ...]) -> list:
@@ -339,18 +366,26 @@ def distance(cfg: ModelConfig, params: Tree, last, ctx: Context, weights, state,
 def forward(cfg: ModelConfig, params: Tree, tokens_BxQ, cache: KVCache, counts_B=None, ops: Ops = Ops(), last=False):
     """Q more tokens for each row behind what the cache holds: prefill, decoding and verification are this one path.
 
+    Returns:
+      What `advance` does without `Aux`.
+    """
+    return advance(cfg, params, tokens_BxQ, Context(cache=cache, ops=ops), counts_B, last)[:2]
+
+
+def advance(cfg: ModelConfig, params: Tree, tokens_BxQ, ctx: Context, counts_B=None, last=False):
+    """`forward` where more is said than the cache: what is skipped.
+
     Args:
       counts_B: int32 [B], how many of a row's Q tokens are real; the rest is padding at the end, written to slots that
         the next call overwrites. None: all.
       last: give the logits of each row's last real token only.
 
     Returns:
-      float32 logits [B, Q, V] ([B, 1, V] with `last`) and the cache, `lens` advanced by `counts_B`.
+      float32 logits [B, Q, V] ([B, 1, V] with `last`), the cache, `lens` advanced by `counts_B`, and `Aux`.
     """
-    ctx = Context(cache=cache, ops=ops)
     counts_B = jnp.full(tokens_BxQ.shape[0], tokens_BxQ.shape[1], jnp.int32) if counts_B is None else counts_B
     state, aux = blocks(cfg, params["layers"], embed(cfg, params, tokens_BxQ, ctx), ctx)
     x_BxTxD = final_norm(cfg, params, state)
     if last:
         x_BxTxD = jnp.take_along_axis(x_BxTxD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
-    return logits_of(cfg, params, x_BxTxD, ops), aux.cache.replace(lens=cache.lens + counts_B)
+    return logits_of(cfg, params, x_BxTxD, ctx.ops), aux.cache.replace(lens=ctx.cache.lens + counts_B), aux

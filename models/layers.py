@@ -14,6 +14,7 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, dropout
 from jaxpar.models.positions import Rope, rotate, turns
 from jaxpar.models.residual.base import Streams
+from jaxpar.models.routing import skip
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 from jaxpar.pallas_kernels.attention import ATTENTION_LSE, ATTENTION_OUT, MaskSpec
 
@@ -58,7 +59,7 @@ def spec(cfg: ModelConfig) -> Tree:
     layer = {"attention": attention, "feedforward": feedforward}
     if residual := cfg.residual.spec(cfg):
         layer["residual"] = residual
-    return layer
+    return layer | cfg.depth.spec(cfg)
 
 
 def kinds(cfg: ModelConfig) -> list[bool]:
@@ -79,14 +80,18 @@ class Tables:
 
     Attributes:
       cos, sin: float32 [U, B, T, 2R], see `positions.turns`, where positions are rotary.
+      positions: int32 [B, T], of each token in its document.
       slots: int32 [B, T], the cache slots of the new tokens, where there is a cache.
       windows: the attention span of each kind, or None where no layer slides (static).
+      index: int32 [B, T], the place in its row of each token, where they are some of a row's. None: 0, 1, 2, ...
     """
 
     cos: jax.Array | None
     sin: jax.Array | None
+    positions: jax.Array
     slots: jax.Array | None
     windows: tuple[int, ...] | None = struct.field(pytree_node=False)
+    index: jax.Array | None = None
 
 
 def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
@@ -107,7 +112,7 @@ def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
         slots = ctx.cache.lens[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     if any(distinct):
         windows = tuple(cfg.window if local else FULL for local in distinct)
-    return Tables(cos, sin, slots, windows)
+    return Tables(cos, sin, positions_BxT, slots, windows)
 
 
 def _pick(rows, kind):
@@ -119,11 +124,16 @@ def _pick(rows, kind):
     return (jnp.asarray(rows) if isinstance(rows, tuple) else rows)[kind]
 
 
-def attention_branch(cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Context, tables: Tables, i, kind):
+def attention_branch(
+    cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Context, tables: Tables, i, kind, keys_only: bool = False
+):
     """Queries, keys, values, positions, cache, attention and output projection. x may be `Streams`, one for each of the
     three.
 
-    Returns [B, S, D] and the cache pages with these tokens' keys and values at layer i (or None).
+    Args:
+      keys_only: write keys and values, and do nothing else.
+
+    Returns [B, S, D] (None with `keys_only`) and the cache pages with these tokens' keys and values at layer i.
     """
     ops = ctx.ops
 
@@ -135,27 +145,40 @@ def attention_branch(cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Contex
         return ops.constrain(y, ("batch", "length", axis, "head_size"))
 
     axes = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
+    if keys_only:
+        del axes["query"]
     kernels = [params[name]["kernel"] for name in axes]
     if isinstance(x_BxSxD, Streams):
         products = [y for x, kernel in zip(x_BxSxD[:3], kernels, strict=True) for y in ops.columns(x, [kernel])]
     else:
         products = ops.columns(x_BxSxD, kernels)
-    q, k, v = (finished(name, axis, y) for (name, axis), y in zip(axes.items(), products, strict=True))
+    *q, k, v = (finished(name, axis, y) for (name, axis), y in zip(axes.items(), products, strict=True))
     if tables.cos is not None:
         cos, sin = _pick(tables.cos, kind), _pick(tables.sin, kind)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = [rotate(x, cos, sin) for x in q], rotate(k, cos, sin)
 
     window = None if tables.windows is None else _pick(tables.windows, kind)
     if isinstance(window, int) and window >= FULL:
         window = None
-    if pages is None:
+    if pages is None or pages.k is None:
         mask = MaskSpec(window=window, q_segments=ctx.segments, k_segments=ctx.segments)
+        if tables.index is not None:
+            mask = mask.replace(q_index=tables.index, k_index=tables.index)
+        if ctx.present is not None:
+            index_BxT = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
+            mask = mask.replace(q_index=index_BxT, k_index=jnp.where(ctx.present, index_BxT, FULL))
     else:
-        pages = tuple(kv.write(page, new, i, tables.slots) for page, new in zip(pages, (k, v), strict=True))
-        k, v = (page[i].astype(q.dtype) for page in pages)
+        pages = cached(pages, k, v, ctx, i, tables.slots)
+        k, v = (kv.read(page, i, k.dtype) for page in (pages.k, pages.v))
         index_BxS = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
+        if pages.there is not None:
+            # Behind every query: whoever has no keys here is not seen.
+            index_BxS = jnp.where(pages.there[i], index_BxS, FULL)
         mask = MaskSpec(window=window, q_index=tables.slots, k_index=index_BxS)
+    if keys_only:
+        return None, pages
 
+    (q,) = q
     out = ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)
     y = ops.row(out, params["out"]["kernel"], contract=2)
     if "bias" in params["out"]:
@@ -163,7 +186,26 @@ def attention_branch(cfg: ModelConfig, params: Tree, x_BxSxD, pages, ctx: Contex
     return y, pages
 
 
+def cached(pages: kv.Pages, k, v, ctx: Context, i, slots_BxT) -> kv.Pages:
+    """The pages with new keys and values at layer i, and whose they are."""
+    if pages.there is None:
+        if ctx.present is not None:
+            raise ValueError("tokens that leave a layer out need a cache that knows it: make it with `there=True`")
+        return pages.replace(k=kv.write(pages.k, k, i, slots_BxT), v=kv.write(pages.v, v, i, slots_BxT))
+    present = jnp.ones(slots_BxT.shape, bool) if ctx.present is None else ctx.present
+    new = {"k": k, "v": v, "there": present}
+    return pages.replace(**{name: kv.write(getattr(pages, name), x, i, slots_BxT) for name, x in new.items()})
+
+
 def block(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Tables, layer, i, kind):
+    """`whole`, for the tokens that run in this layer."""
+    run = lambda state, pages, ctx, tables: whole(cfg, params, state, pages, ctx, tables, layer, i, kind)
+    if not cfg.depth.sparse:
+        return run(state, pages, ctx, tables)
+    return cfg.depth.around(cfg, params, state, pages, ctx, tables, layer, i, run)
+
+
+def whole(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Tables, layer, i, kind):
     """Layer `layer` of the model, the i-th of the slice at hand: `(state, pages) -> (state, pages)`. The state is not
     committed."""
     mixer = params.get("residual", {})
@@ -186,9 +228,31 @@ def block(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
         y = dropout(cfg, ctx, y, layer, site)
         return cfg.residual.write(cfg, mixer, state, told, y, layer, name), rest
 
-    state, pages = branch("attention", 1, lambda p, x: attention_branch(cfg, p, x, pages, ctx, tables, i, kind), state)
-    state, _ = branch("feedforward", 2, lambda p, x: (cfg.feedforward.apply(cfg, p, x, ctx.ops), None), state)
-    return state, pages
+    def attend(ctx, state, pages):
+        return branch("attention", 1, lambda p, x: attention_branch(cfg, p, x, pages, ctx, tables, i, kind), state)
+
+    def transform(state, tally=None):
+        def run(p, x):
+            if cfg.feedforward.routed:
+                return cfg.feedforward.routed_apply(cfg, p, x, ctx, layer, tally)
+            return cfg.feedforward.apply(cfg, p, x, ctx.ops), None
+
+        return branch("feedforward", 2, run, state)
+
+    if ctx.skip is not None:
+
+        def keys_only(ctx, state, pages):
+            own = params["attention"]
+            if pages.k is None:
+                return pages
+            if ctx.present is not None:
+                return pages.replace(there=kv.write(pages.there, ctx.present, i, tables.slots))
+            return attention_branch(cfg, own, normed(own, state), pages, ctx, tables, i, kind, keys_only=True)[1]
+
+        return skip.around(cfg, ctx, state, pages, layer, tables.positions, attend, transform, keys_only)
+    state, pages = attend(ctx, state, pages)
+    state, tally = transform(state, None if pages is None else pages.tally)
+    return state, pages if tally is None else pages.replace(tally=tally)
 
 
 def side_by_side(cfg: ModelConfig, params: Tree, state, pages, contexts: list[Context], tables: list, layer, i, kind):

@@ -14,6 +14,7 @@ from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.exits.config import Adapter, Exits, Free
 from jaxpar.models.feedforward.dense import MLP
+from jaxpar.models.feedforward.duo import Duo
 from jaxpar.models.norms import LayerNorm, RMSNorm
 from jaxpar.models.positions import Learned, Rope
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
@@ -55,6 +56,10 @@ MODELS = {
     "attention residuals": LLAMA.replace(layers=4, residual=AttentionResiduals(block=3)),
     "hyper-connections": LLAMA.replace(layers=4, residual=ManifoldHyperConnections(streams=2)),
     "deep delta": LLAMA.replace(layers=4, residual=DeepDelta(channels=4)),
+    "two modules": LLAMA.replace(layers=4, feedforward=Duo(small=1 / 8, skip=0.2)),
+    "two modules, routers": LLAMA.replace(
+        layers=4, feedforward=Duo(small=1 / 8, routing="learned", budget=0.25, strength=10.0)
+    ),
     "mudd": LLAMA.replace(layers=4, residual=MuddFormer()),
     "exits": LLAMA.replace(layers=2, dropout=0.1, exits=Exits((1,), Adapter(4), Free(0.5))),
 }

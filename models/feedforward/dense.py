@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxpar.models.feedforward.base import FeedForwardLayer
 from jaxpar.models.lazy import jax
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 
@@ -40,7 +41,7 @@ def _biased(params: dict, y):
 
 
 @dataclass(frozen=True)
-class GatedMLP:
+class GatedMLP(FeedForwardLayer):
     """`down(activation(gate(x)) · up(x))`: SwiGLU with "silu", GeGLU with a "gelu" (Shazeer 2020, eq. 6).
 
     Attributes:
@@ -71,7 +72,7 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLP(FeedForwardLayer):
     """`down(activation(up(x)))` (GPT-2).
 
     Attributes:
