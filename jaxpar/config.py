@@ -110,6 +110,8 @@ class RunConfig:
       checkpoint_every: steps between checkpoints; there is always one at the end. None: only that one.
       checkpoint_keep: how many checkpoints stay.
       baseline: compute the loss of a bigram model on the same held-out examples.
+      inspect_every: steps between looks into the model on held-out rows, as `jaxpar inspect` has them: depth weights, norms,
+        cosines, the loss behind each layer and how deep tokens would go, as metrics and as a picture. None: none.
       sample: the text generated at the end.
       progress: a bar in a terminal or notebook, plain lines elsewhere ("auto"), or one of these, or nothing.
       compile_cache: keep compiled programs on disk for the next start.
@@ -140,6 +142,7 @@ class RunConfig:
     checkpoint_keep: int = 3
     baseline: bool = True
     sample: SampleConfig = SampleConfig()
+    inspect_every: int | None = None
     progress: Literal["auto", "bar", "notebook", "lines", "off"] = "auto"
     compile_cache: bool = True
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -150,7 +153,7 @@ class RunConfig:
         for name in ("steps", "evaluate_batches", "checkpoint_keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "checkpoint_every", "fake_devices"):
+        for name in ("evaluate_every", "inspect_every", "checkpoint_every", "fake_devices"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}; leave it out for none")

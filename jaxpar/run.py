@@ -20,9 +20,11 @@ from jaxpar.config import RunConfig
 from jaxpar.data.pipeline import Pipeline
 from jaxpar.errors import UserError
 from jaxpar.generation import check_prompts
+from jaxpar.inspecting import findings, scalars
 from jaxpar.parallel.mesh import make_mesh, mesh_sizes
 from jaxpar.program import Program, build
 from jaxpar.recovery.loop import Losses, lower_repair, replayed
+from jaxpar.report import depth
 from jaxpar.report.plots import loss_plot
 from jaxpar.report.progress import Progress
 from jaxpar.report.writers import JsonLines, TensorBoard, WeightsAndBiases, Writers
@@ -33,9 +35,10 @@ from jaxpar.steps.ema import averaged
 from jaxpar.whole_step import whole_step
 
 METRICS = "metrics.jsonl"
-AT_THE_END = ("held_out/loss", "sample")
+AT_THE_END = ("held_out/loss", "sample", "inspect/lens_loss/00")
 """What is written after the last checkpoint."""
 PLOT = "loss.png"
+LOOK = "inspect.png"
 PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
 
@@ -202,6 +205,18 @@ class Run:
         self.plot()
         self.say(f"step {self.step}: held-out loss {loss:.4f} nats per token")
         return loss
+
+    def inspect(self) -> None:
+        """Look into the model on the first held-out rows: one for each device that takes rows of its own."""
+        self.progress.pause()
+        sizes = mesh_sizes(self.program.mesh)
+        [batch] = self.pipeline.validation(1, sizes["data"] * sizes["fsdp"], self.program.batch_sharding)
+        found = findings(self.program.cfg, self.best_params(), batch)
+        self.writers.write(self.step, scalars(found))
+        if jax.process_index() == 0:
+            png = depth.picture(found, f"{self.folder}, step {self.step}")
+            self.writers.image(self.step, "inspect", png)
+            depth.write(self.folder / LOOK, png)
 
     def plot(self) -> None:
         if jax.process_index() == 0:

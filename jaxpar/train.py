@@ -68,6 +68,8 @@ def go(run: Run, say: Callable[[str], None] = print) -> Result:
         watchdog.beat(run.step, compiling=True)
         run.save()
         loss = run.evaluate()
+        if config.inspect_every is not None:
+            run.inspect()
         text = sample(run)
         run.checkpoints.wait()
     finish.tell(run, loss, text, say)
@@ -89,13 +91,17 @@ def loop(run: Run, interrupts: Interrupts, watchdog: Watchdog) -> None:
         run.checkpoints.check()
 
         evaluate, save = run.due(config.evaluate_every), run.due(config.checkpoint_every)
-        if evaluate or save:
+        inspect = run.due(config.inspect_every)
+        if evaluate or inspect or save:
             # What a checkpoint vouches for must have been read (a bad step raises here) and written first.
             run.report(*before)
             before = None
         if evaluate:
             watchdog.beat(run.step, compiling=True)
             run.evaluate()
+        if inspect:
+            watchdog.beat(run.step, compiling=True)
+            run.inspect()
         if save:
             run.save()
         if run.step >= config.steps or interrupts.agreed(run.step):

@@ -44,7 +44,7 @@ def mixers() -> dict:
         "hyper-connections": HyperConnections(),
         "mHC": ManifoldHyperConnections(),
         "DenseFormer": DenseFormer(),
-        "DenseFormer, 4 and 5": DenseFormer(dilation=4, period=5),
+        "DenseFormer, 4 and 4": DenseFormer(dilation=4, period=4),
         "MUDDFormer": MuddFormer(),
         "DeepCrossAttention, latest 2": DeepCrossAttention(latest=2),
         "window over depth": DepthWindow(),

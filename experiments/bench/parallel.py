@@ -98,7 +98,8 @@ def gradients(cfg, mesh_text: str, microbatches: int, rows: int, length: int, pi
     from jaxpar.steps.accumulate import accumulate
     from jaxpar.steps.base import make_step
 
-    mesh = make_mesh(MeshConfig.parse(mesh_text))
+    config = MeshConfig.parse(mesh_text)
+    mesh = make_mesh(config, jax.devices()[: math.prod(config.sizes.values())])
     parts = 1 if pipeline else microbatches
     program = build(
         cfg, mesh, rows=rows // parts, length=length, pipeline=pipeline, sequence=sequence, staged=pipeline is not None
@@ -383,6 +384,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(json.dumps(found))
         return found
     results = json.loads(options.out.read_text())["results"] if options.out.is_file() else {}
+    about = {**describe(), "command": " ".join(["python -m jaxpar.experiments.bench.parallel", *sys.argv[1:]])}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         command = [sys.executable, "-m", "jaxpar.experiments.bench.parallel", "--here", "--parts", part]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -395,10 +398,8 @@ def main(argv: list[str] | None = None) -> dict:
                 f"  {name:<44}"
                 + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
             )
-    about = {**describe(), "command": " ".join(["python -m jaxpar.experiments.bench.parallel", *sys.argv[1:]])}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**about, "results": results}, indent=1))
-    plot(results, options.out.with_suffix(".png"))
+        options.out.write_text(json.dumps({**about, "results": results}, indent=1))
+        plot(results, options.out.with_suffix(".png"))
     return results
 
 

@@ -6,6 +6,7 @@ therefore opened with the step that the run starts from, and drops what it holds
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -24,6 +25,8 @@ class Writer(Protocol):
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def text(self, step: int, name: str, text: str) -> None: ...
+
+    def image(self, step: int, name: str, png: bytes) -> None: ...
 
     def flush(self) -> None:
         """Called before a checkpoint: what was written so far survives the process."""
@@ -56,6 +59,9 @@ class JsonLines:
 
     def text(self, step: int, name: str, text: str) -> None:
         self._line({"step": step, name: text})
+
+    def image(self, step: int, name: str, png: bytes) -> None:
+        """Lines hold no pictures."""
 
     def _line(self, record: dict) -> None:
         try:
@@ -161,6 +167,11 @@ class TensorBoard:
         )
         self._add(self._event.Event(step=step, summary=self._summary.Summary(value=[value])))
 
+    def image(self, step: int, name: str, png: bytes) -> None:
+        picture = self._summary.Summary.Image(encoded_image_string=png, colorspace=4)
+        value = self._summary.Summary.Value(tag=name, image=picture)
+        self._add(self._event.Event(step=step, summary=self._summary.Summary(value=[value])))
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -192,6 +203,12 @@ class WeightsAndBiases:
     def text(self, step: int, name: str, text: str) -> None:
         self._run.log({name: text}, step=step)
 
+    def image(self, step: int, name: str, png: bytes) -> None:
+        import wandb
+        from PIL import Image
+
+        self._run.log({name: wandb.Image(Image.open(io.BytesIO(png)))}, step=step)
+
     def flush(self) -> None:
         """wandb sends in its own process."""
 
@@ -212,6 +229,10 @@ class Writers:
     def text(self, step: int, name: str, text: str) -> None:
         for writer in self._writers:
             writer.text(step, name, text)
+
+    def image(self, step: int, name: str, png: bytes) -> None:
+        for writer in self._writers:
+            writer.image(step, name, png)
 
     def flush(self) -> None:
         for writer in self._writers:

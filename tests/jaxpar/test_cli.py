@@ -14,6 +14,7 @@ from jaxpar.cli import COMMANDS, main
 from jaxpar.commands.convert import ConvertConfig
 from jaxpar.commands.formats import FormatsConfig
 from jaxpar.commands.generate import GenerateConfig
+from jaxpar.commands.inspect import InspectConfig
 from jaxpar.commands.plan import PlanConfig
 from jaxpar.commands.schedule import ScheduleConfig
 from jaxpar.commands.tokenizer import TokenizerConfig
@@ -43,9 +44,8 @@ def words(folder: Path, text: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text_file) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
-    assert (
-        main(words(folder, text_file, "--checkpoint-every", "2", "--profile.start", "2", "--profile.steps", "2")) == 0
-    )
+    every = ("--checkpoint-every", "2", "--inspect-every", "4", "--profile.start", "2", "--profile.steps", "2")
+    assert main(words(folder, text_file, *every)) == 0
     return folder
 
 
@@ -95,6 +95,7 @@ def test_the_version(capsys):
         ("schedule", ScheduleConfig(), ("devices along the pipeline", "or a .csv file of tasks")),
         ("plan", PlanConfig(), ("pieces of the model", "or a .toml or .csv file")),
         ("formats", FormatsConfig(), ("for each measurement", "mxint8-asymmetric")),
+        ("inspect", InspectConfig(), ("tokens of a row", "probability less the second")),
         ("convert", ConvertConfig(), ("new, or empty", "dtype")),
         ("tokenizer", TokenizerConfig(), ("number of token ids",)),
         ("doctor", None, ("what is installed",)),
@@ -144,6 +145,8 @@ def test_a_run_writes_all_its_files(run):
         assert manifest.verify(run / "checkpoints" / manifest.name_of(step))["step"] == step
     assert (run / "sample.txt").read_text().startswith("def ")
     assert list((run / "profile").rglob("*.xplane.pb"))
+    assert [line["step"] for line in lines if "inspect/lens_loss/02" in line] == [4, STEPS]
+    assert (run / "inspect.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_tensorboard_reads_what_was_written(run):
@@ -164,6 +167,20 @@ def test_tensorboard_reads_what_was_written(run):
     assert found["loss"] == list(range(1, STEPS + 1))
     assert found["held_out/loss"] == [STEPS]
     assert any("sample" in tag for tag in found)
+    assert found["inspect"] == [4, STEPS], "the pictures"
+    assert found["inspect/cosine/feedforward/01"] == [4, STEPS]
+
+
+def test_inspect_tells_and_writes(run, text_file, tmp_path, capsys):
+    line = ["inspect", "--model", str(run), "--source", str(text_file), "--rows", "1", "--length", "32"]
+    assert main([*line, "--out", str(tmp_path / "look"), "--confidence", "0.2"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "look" / "inspect.json").read_text())
+    assert found["layers"] == 2
+    assert found["tokens"] == 32
+    assert f"{found['lens_loss'][2]:8.4f}" in out
+    assert len(found["exits"]) == 1
+    assert (tmp_path / "look" / "inspect.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_a_run_tells(run, text_file, tmp_path, capsys):
