@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from jaxpar.pallas_kernels.attention import cudnn
+from jaxpar.pallas_kernels.attention import cudnn, mosaic_tpu
+from jaxpar.pallas_kernels.attention.differentiable import ByPlatform, attend
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
-from jaxpar.pallas_kernels.attention.xla import attention_xla
+from jaxpar.pallas_kernels.attention.xla import xla_plan
+from jaxpar.pallas_kernels.dispatch import Choice, Implementation, Op
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+CUDNN = Implementation("cudnn", cudnn.attention_cudnn, cudnn.misfit, platform="cuda")
+MOSAIC_TPU = Implementation(
+    "mosaic_tpu", mosaic_tpu.plan, mosaic_tpu.misfit, unwise=mosaic_tpu.unwise, platform="tpu", kernel=True
+)
+XLA = Implementation("xla", xla_plan)
+ATTENTION = Op("attention", (MOSAIC_TPU, CUDNN, XLA))
+"""The implementations of `attention`, best first. `run` gives the plan of a call; only cuDNN's has a gradient of its own."""
+IMPLEMENTATIONS = ATTENTION.names
 """What `implementation` may name."""
 
 
@@ -25,10 +33,11 @@ def attention(
     k_start=0,
     lse_out: bool = False,
     implementation: str | None = None,
+    interpret=False,
 ):
     """`softmax(mask(cap(scale · q kᵀ))) v` for each head. Letters: B batch, T queries, S keys, H heads, K head size.
 
-    Differentiable in reverse mode; `attention_reference` in forward mode too.
+    Differentiable in reverse mode, with "xla" as often as wanted; `attention_reference` in forward mode too.
 
     Args:
       q_BxTxHxK: queries.
@@ -40,8 +49,11 @@ def attention(
         longer sequence is masked as it is there.
       lse_out: also return the log-sum-exp of each query's logits, with which partial results over parts of the keys
         are merged. It is differentiable.
-      implementation: "xla" (plain XLA, blocks of queries), "cudnn" (bfloat16 and float16 on NVIDIA
-        GPUs), or None: cuDNN where the call is lowered for such a GPU and fits its limits, else "xla".
+      implementation: "xla" (plain XLA, blocks of queries), "cudnn" (bfloat16 and float16 on NVIDIA GPUs), "mosaic_tpu"
+        (flash attention on TPUs), or None: for each platform that the call may be lowered for, its own where it can do
+        the call, else "xla".
+        `explain(ATTENTION, q, k, v, mask=...)` says which and why.
+      interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 
     Returns:
       out [B, T, H, K] in q's dtype; with `lse_out` also lse [B, H, T], float32 (float64 for float64 inputs).
@@ -51,35 +63,27 @@ def attention(
     """
     _check_shapes(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, cap)
     mask.check(q_BxTxHxK.shape[0], q_BxTxHxK.shape[1], k_BxSxGxK.shape[1])
-    arguments = dict(mask=mask, scale=scale, cap=cap, q_start=q_start, k_start=k_start)
+    arrays = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
+    call = dict(mask=mask, scale=scale, cap=cap, q_start=q_start, k_start=k_start)
+    choice = ATTENTION.choose(implementation, *arrays, interpret=interpret, lse_out=lse_out, **call)
 
-    def xla(q, k, v):
-        out, lse = attention_xla(q, k, v, **arguments)
-        return (out, lse) if lse_out else out
+    def planned(choice: Choice):
+        def run(q, k, v):
+            plans = tuple((one.name, _plan(one, interpret, q, k, v, **call)) for one in choice.all)
+            plan = ByPlatform(choice, plans) if choice.special else plans[0][1]
+            out, lse = attend(plan, q, k, v, mask, (q_start, k_start))
+            return (out, lse) if lse_out else out
 
-    match implementation:
-        case "xla":
-            return xla(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)
-        case "cudnn":
-            if reason := cudnn.misfit(q_BxTxHxK, k_BxSxGxK, lse_out=lse_out, **arguments) or cudnn.absent():
-                raise ValueError(f'attention with implementation="cudnn" {reason}; use implementation="xla"')
-            return cudnn.attention_cudnn(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask=mask, scale=scale)
-        case None:
-            if cudnn.misfit(q_BxTxHxK, k_BxSxGxK, lse_out=lse_out, **arguments) or cudnn.absent():
-                return xla(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)
-            # A process with a GPU may still lower this call for its CPU: decided there, not here.
-            return jax.lax.platform_dependent(
-                q_BxTxHxK,
-                k_BxSxGxK,
-                v_BxSxGxK,
-                cuda=lambda q, k, v: cudnn.attention_cudnn(q, k, v, mask=mask, scale=scale),
-                default=xla,
-            )
-        case _:
-            raise ValueError(
-                f"unknown attention implementation {implementation!r}; choose one of "
-                f"{', '.join(repr(name) for name in IMPLEMENTATIONS)}, or None"
-            )
+        return run
+
+    if CUDNN not in choice.all:
+        return planned(choice)(*arrays)
+    own = lambda q, k, v: cudnn.attention_cudnn(q, k, v, mask=mask, scale=scale)
+    return choice.call(lambda one: own if one is CUDNN else planned(Choice(one)), *arrays)
+
+
+def _plan(one: Implementation, interpret, q, k, v, **call):
+    return one.run(q, k, v, interpret=interpret, **call) if one.kernel else one.run(q, k, v, **call)
 
 
 def _check_shapes(q, k, v, cap) -> None:

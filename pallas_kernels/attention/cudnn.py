@@ -8,16 +8,9 @@ import jax.numpy as jnp
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
 
 
-def absent() -> str | None:
-    """Why this process has no cuDNN, as the end of a sentence; None where it has."""
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        devices = []
-    return None if devices else "needs an NVIDIA GPU, and this process has none"
-
-
-def misfit(q_BxTxHxK, k_BxSxGxK, *, mask: MaskSpec, scale, cap, q_start, k_start, lse_out) -> str | None:
+def misfit(
+    q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, lse_out=False
+) -> str | None:
     """Why cuDNN cannot do this call, as the end of a sentence; None where it can."""
     size = q_BxTxHxK.shape[3]
     if q_BxTxHxK.dtype not in (jnp.bfloat16, jnp.float16):
@@ -42,7 +35,7 @@ def misfit(q_BxTxHxK, k_BxSxGxK, *, mask: MaskSpec, scale, cap, q_start, k_start
 
 
 def attention_cudnn(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *, mask: MaskSpec, scale: float):
-    """out [B, T, H, K]. Call it where `misfit` and `absent` give None.
+    """out [B, T, H, K]. Call it where `misfit` gives None.
 
     Segments become an additive [B, 1, T, S] mask, one for all heads; causality and window are cuDNN's own.
     """

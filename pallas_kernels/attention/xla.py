@@ -7,39 +7,76 @@ softmax, as flash attention does (Dao et al. 2022, algorithm 4), so that what is
 from __future__ import annotations
 
 import itertools
-from functools import partial
+from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxpar.pallas_kernels.attention.block import dropped, gradients, masked_logits
+from jaxpar.pallas_kernels.attention.block import gradients, masked_logits
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
 
 BLOCK = 64
 """Queries in a block, at least: shorter ones make more kernels to compile than they save."""
-ATTENTION_OUT, ATTENTION_LSE = "attention_out", "attention_lse"
-"""What a rematerialisation policy may keep, so that the backward pass does not begin with the forward pass."""
 MOST_BLOCKS = 4
 """Blocks are unrolled; 4 of them do 62 % of the work of the whole square. On two CPU cores, 8 were no faster."""
 
 
-def attention_xla(
-    q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *, mask: MaskSpec, scale: float, cap: float | None = None, q_start=0, k_start=0
-):
+@dataclass(frozen=True)
+class XlaPlan:
     """As `attention_reference`; the causal square is cut into blocks of queries where its place is known.
 
     Differentiable in reverse mode, as often as wanted; not in forward mode (`attention_reference` is).
 
-    Returns:
-      out [B, T, H, K] in q's dtype, lse [B, H, T] float32 (float64 for float64 inputs).
+    Attributes:
+      blocks: `(first, last, begin, end)`: queries first ... last - 1 see no key outside of begin ... end - 1.
     """
-    blocks = _blocks(mask, q_BxTxHxK.shape[1], k_BxSxGxK.shape[1], q_start, k_start)
-    return _attention(blocks, scale, cap, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask, (q_start, k_start))
+
+    blocks: tuple[tuple[int, int, int, int], ...]
+    scale: float
+    cap: float | None
+
+    def forward(self, q, k, v, mask, starts):
+        B, T, H, K = q.shape
+        outs, lses = [], []
+        for first, last, begin, end in self.blocks:
+            place = _place(first, last, begin, end, starts)
+            cut_q, cut_k = q[:, first:last], k[:, begin:end]
+            logits, _ = masked_logits(cut_q, cut_k, mask, scale=self.scale, cap=self.cap, **place)
+            top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+            # A row that sees nothing has top = -inf; -inf - -inf would be NaN.
+            top = jnp.where(top == -jnp.inf, 0, top)
+            weights = jnp.exp(logits - top)
+            total = jnp.sum(weights, axis=-1)
+            empty = total == 0
+            share = jnp.where(empty, 1, total)
+            lses.append(jnp.where(empty, -jnp.inf, jnp.log(share) + top[..., 0]))
+            out = jnp.einsum(
+                "bgrts,bsgk->btgrk", weights.astype(v.dtype), v[:, begin:end], preferred_element_type=logits.dtype
+            )
+            # Divided after the product: T x K divisions instead of T x S.
+            outs.append(out / jnp.transpose(share, (0, 3, 1, 2))[..., None])
+        return _joined(outs, 1).reshape(B, T, H, K).astype(q.dtype), _joined(lses, -1).reshape(B, H, T)
+
+    def backward(self, q, k, v, mask, starts, lse, drop, d_out):
+        dqs, dks, dvs = [], [], []
+        for first, last, begin, end in self.blocks:
+            cut_q, cut_k = (lambda x, i=first, j=last: x[:, i:j]), (lambda x, i=begin, j=end: x[:, i:j])
+            rows = cut_q(d_out), lse[..., first:last], drop[..., first:last]
+            place = _place(first, last, begin, end, starts)
+            new = gradients(cut_q(q), cut_k(k), cut_k(v), *rows, mask, scale=self.scale, cap=self.cap, **place)
+            for parts, part in zip((dqs, dks, dvs), new, strict=True):
+                parts.append(part)
+        spans = [block[2:] for block in self.blocks]
+        whole = lambda parts, like: _add_up(parts, spans, k.shape[1]).astype(like.dtype)
+        return _joined(dqs, 1).astype(q.dtype), whole(dks, k), whole(dvs, v)
+
+
+def xla_plan(q, k, v, *, mask: MaskSpec, scale: float, cap: float | None = None, q_start=0, k_start=0) -> XlaPlan:
+    """The plan of a call."""
+    return XlaPlan(_blocks(mask, q.shape[1], k.shape[1], q_start, k_start), scale, cap)
 
 
 def _blocks(mask: MaskSpec, T: int, S: int, q_start, k_start) -> tuple[tuple[int, int, int, int], ...]:
-    """`(first, last, begin, end)`: queries first ... last - 1 see no key outside of begin ... end - 1."""
+    """As `XlaPlan.blocks`."""
     count = min(MOST_BLOCKS, T // BLOCK)
     known = isinstance(q_start, int) and isinstance(k_start, int) and mask.q_index is None and mask.k_index is None
     if not (mask.causal and known) or count < 2:
@@ -55,62 +92,12 @@ def _blocks(mask: MaskSpec, T: int, S: int, q_start, k_start) -> tuple[tuple[int
     return tuple(found)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(blocks, scale, cap, q, k, v, mask, starts):
-    return _forward(blocks, scale, cap, q, k, v, mask, starts)[0]
-
-
-def _forward(blocks, scale, cap, q, k, v, mask, starts):
-    B, T, H, K = q.shape
-    outs, lses = [], []
-    for first, last, begin, end in blocks:
-        place = _place(first, last, begin, end, starts)
-        logits, _ = masked_logits(q[:, first:last], k[:, begin:end], mask, scale=scale, cap=cap, **place)
-        top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-        # A row that sees nothing has top = -inf; -inf - -inf would be NaN.
-        top = jnp.where(top == -jnp.inf, 0, top)
-        weights = jnp.exp(logits - top)
-        total = jnp.sum(weights, axis=-1)
-        empty = total == 0
-        share = jnp.where(empty, 1, total)
-        lses.append(jnp.where(empty, -jnp.inf, jnp.log(share) + top[..., 0]))
-        out = jnp.einsum(
-            "bgrts,bsgk->btgrk", weights.astype(v.dtype), v[:, begin:end], preferred_element_type=logits.dtype
-        )
-        # Divided after the product: T x K divisions instead of T x S.
-        outs.append(out / jnp.transpose(share, (0, 3, 1, 2))[..., None])
-    out = _joined(outs, 1).reshape(B, T, H, K).astype(q.dtype)
-    lse = _joined(lses, -1).reshape(B, H, T)
-    out, lse = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(lse, ATTENTION_LSE)
-    return (out, lse), (q, k, v, mask, starts, out, lse)
-
-
 def _place(first: int, last: int, begin: int, end: int, starts) -> dict:
     return dict(rows=(first, last - first), cols=(begin, end - begin), q_start=starts[0], k_start=starts[1])
 
 
 def _joined(parts: list, axis: int):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
-
-
-def _backward(blocks, scale, cap, kept, cotangents):
-    q, k, v, mask, starts, out, lse = kept
-    d_out, d_lse = cotangents
-    drop = dropped(out, d_out, d_lse)
-    dqs, dks, dvs = [], [], []
-    for first, last, begin, end in blocks:
-        cut_q, cut_k = (lambda x, i=first, j=last: x[:, i:j]), (lambda x, i=begin, j=end: x[:, i:j])
-        rows = cut_q(d_out), lse[..., first:last], drop[..., first:last]
-        place = _place(first, last, begin, end, starts)
-        new = gradients(cut_q(q), cut_k(k), cut_k(v), *rows, mask, scale=scale, cap=cap, **place)
-        for parts, part in zip((dqs, dks, dvs), new, strict=True):
-            parts.append(part)
-    spans = [block[2:] for block in blocks]
-    whole = lambda parts, like: _add_up(parts, spans, k.shape[1]).astype(like.dtype)
-    return _joined(dqs, 1).astype(q.dtype), whole(dks, k), whole(dvs, v), None, None
-
-
-_attention.defvjp(_forward, _backward)
 
 
 def _add_up(parts, spans, S: int):

@@ -1,0 +1,75 @@
+"""What attention kernels are tested with: float64 by its definition, and the errors that are looked at."""
+
+import itertools
+
+import numpy as np
+
+from jaxpar.pallas_kernels.attention import MaskSpec
+
+
+def draw(seed, B, T, S, H, G, K):
+    """Float32 normal q, k, v, and cotangents of out and lse."""
+    normal = np.random.default_rng(seed).standard_normal
+    shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K), (B, H, T)
+    return tuple(normal(shape).astype(np.float32) for shape in shapes)
+
+
+def seen_by(mask: MaskSpec, B, T, S, q_start=0, k_start=0):
+    """bool [B, T, S]: the mask from its definition, element by element."""
+    found = np.zeros((B, T, S), bool)
+    of = lambda array, b, n, start: start + n if array is None else int(array[b % len(array), n])
+    for b, t, s in itertools.product(range(B), range(T), range(S)):
+        q, k = of(mask.q_index, b, t, q_start), of(mask.k_index, b, s, k_start)
+        ok = not mask.causal or k <= q
+        ok &= mask.window is None or q - k < int(mask.window)
+        if mask.q_segments is not None:
+            ok &= (
+                int(mask.q_segments[b % len(mask.q_segments), t])
+                == int(mask.k_segments[b % len(mask.k_segments), s])
+                != 0
+            )
+        found[b, t, s] = ok
+    return found
+
+
+def float64(q, k, v, d_out, d_lse, seen, scale, cap=None):
+    """out, lse, dq, dk, dv in float64 by the chain rule, holding all of the weights."""
+    q, k, v, d_out, d_lse = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_out, d_lse))
+    R = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, R, axis=2) for x in (k, v))
+    logits = scale * np.einsum("bthk,bshk->bhts", q, k)
+    slope = np.ones_like(logits)
+    if cap is not None:
+        slope = 1 - np.tanh(logits / cap) ** 2
+        logits = cap * np.tanh(logits / cap)
+    logits = np.where(seen[:, None], logits, -np.inf)
+    top = np.max(logits, axis=-1, keepdims=True)
+    top = np.where(np.isneginf(top), 0, top)
+    weights = np.exp(logits - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    lse = np.where(total == 0, -np.inf, np.log(np.where(total == 0, 1, total)) + top)[..., 0]
+    weights = weights / np.where(total == 0, 1, total)
+    out = np.einsum("bhts,bshk->bthk", weights, v)
+    d_weights = np.einsum("bthk,bshk->bhts", d_out, v)
+    d_logits = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True) + d_lse[..., None])
+    d_logits = d_logits * slope * scale
+    shared = lambda x: x.reshape(*x.shape[:2], -1, R, x.shape[3]).sum(axis=3)
+    dq = np.einsum("bhts,bshk->bthk", d_logits, k)
+    dk = shared(np.einsum("bhts,bthk->bshk", d_logits, q))
+    dv = shared(np.einsum("bhts,bthk->bshk", weights, d_out))
+    return out, lse, dq, dk, dv
+
+
+def errors(found, expected) -> tuple[float, float, float]:
+    """Relative Frobenius error, the worst row's error against the typical row, and the bias along the expected.
+
+    A row is what stands along the last dimension. Non-finite elements must be the same ones.
+    """
+    found, expected = np.asarray(found).astype(np.float64), np.asarray(expected)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(found[~finite], expected[~finite])
+    found, expected = np.where(finite, found, 0), np.where(finite, expected, 0)
+    off, norm = found - expected, np.linalg.norm(expected)
+    rows = np.linalg.norm(off.reshape(-1, off.shape[-1]), axis=-1)
+    typical = norm / np.sqrt(len(rows))
+    return np.linalg.norm(off) / norm, rows.max() / typical, abs((off * expected).sum()) / norm**2
