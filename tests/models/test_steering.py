@@ -24,20 +24,24 @@ TOKENS = jax.random.randint(jax.random.key(1), (3, 8), 0, 32)
 logits_of = jax.jit(lambda tokens, steering: decoder.apply(CFG, PARAMS, tokens, Context(steering=steering)).logits)
 
 
-def by_layers(tokens, added=None):
+@jax.jit
+def by_layers(tokens, added):
     """The streams behind each layer by single layers, `added` put on behind LAYER; and the logits."""
     ctx = Context()
     state, found = decoder.embed(CFG, PARAMS, tokens, ctx), []
     for layer in range(CFG.layers):
         one = jax.tree.map(lambda x, layer=layer: x[layer : layer + 1], PARAMS["layers"])
         state, _ = decoder.blocks(CFG, one, state, ctx, layer)
-        state = state + added if added is not None and layer == LAYER else state
+        state = state + added if layer == LAYER else state
         found.append(state)
     return found, decoder.head(CFG, PARAMS, state, ctx)
 
 
 def test_the_vector_is_the_mean_difference_of_pairs_at_their_last_tokens():
-    last = lambda text: np.asarray(by_layers(jnp.asarray([text]))[0][LAYER][0, -1])
+    def last(text):
+        padded = jnp.asarray([text + [0] * (8 - len(text))] * 3)
+        return np.asarray(by_layers(padded, jnp.zeros((3, 8, 16)))[0][LAYER][0, len(text) - 1])
+
     expected = np.mean([last(a) - last(b) for a, b in zip(WANTED, OTHER, strict=True)], axis=0)
     np.testing.assert_allclose(VECTOR.values, expected, atol=1e-5)
     assert (VECTOR.layer, VECTOR.layers) == (LAYER, 3)

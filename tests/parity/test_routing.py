@@ -10,7 +10,6 @@ from jaxpar.parallel.tensor.config import TensorConfig
 @pytest.mark.parametrize(
     ("model", "mesh", "products"),
     [
-        ("two modules", "data=2,fsdp=2,tensor=2", "whole"),
         ("two modules", "stage=2,tensor=2", "ring"),
         ("two modules, routers", "data=2,fsdp=2,tensor=2", "whole"),
     ],
