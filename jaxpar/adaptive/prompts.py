@@ -93,9 +93,10 @@ class Stack:
 
     def caches(self, rows: int, capacity: int) -> list[KVCache]:
         """An empty cache for each part, with lengths of its own: a part may be behind the one before it."""
-        whole = kv.empty(self.cfg, rows, capacity)
+        whole = kv.empty(self.cfg, rows, capacity, form=self.ops.cache)
         bounds = zip((0, *self.at), (*self.at, self.cfg.layers), strict=True)
-        return [KVCache(whole.k[a:b], whole.v[a:b], whole.lens) for a, b in bounds]
+        part = lambda a, b: jax.tree.map(lambda x: x[a:b], (whole.k, whole.v, whole.there))
+        return [whole.replace(k=k, v=v, there=there) for k, v, there in (part(a, b) for a, b in bounds)]
 
     def embed(self, params: Tree, tokens_BxQ, cache: KVCache):
         return decoder.embed(self.cfg, params, tokens_BxQ, Context(cache=cache, ops=self.ops))
