@@ -160,11 +160,12 @@ def check(policy: Skipping, cfg) -> None:
     from jaxpar.models.residual.plain import Plain
 
     free = cfg.layers - policy.first - policy.last
-    wanted = policy.layers if isinstance(policy, FixedSkip) else 1
+    # One to look at and one to leave out behind it.
+    wanted = policy.layers if isinstance(policy, FixedSkip) else 2 if isinstance(policy, FFNSkip) else 1
     if free < wanted:
         raise ValueError(
             f"skip.first = {policy.first} and skip.last = {policy.last} of the model's {cfg.layers} layers always run, which "
-            f"leaves {max(free, 0)} where {wanted} may be left out; lower them"
+            f"leaves {max(free, 0)} where this takes {wanted} at least; lower them"
         )
     if cfg.depth.sparse:
         raise ValueError(

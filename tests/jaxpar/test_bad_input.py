@@ -255,6 +255,9 @@ CASES = [
     Case("all checkpoints damaged", "{train} --folder {w}/damaged", ("damaged", "step")),
     Case("marker without checkpoints of this format", "{train} --folder {w}/newer", ("newer", "99")),
     # generate
+    Case("skip: no cosine", GENERATE + "run --skip ffn-skip --threshold 1.5", ("threshold = 1.5", "-1 to 1")),
+    Case("skip: too few layers", GENERATE + "run --skip ffn-skip", ("first = 1", "last = 1", "2 layers", "leaves 0")),
+    Case("routers over stages", "explain tiny --feedforward duo --routing learned --mesh stage=2", ("2 stages", "random")),
     Case("no model", GENERATE + "nowhere", ("nowhere", "no model")),
     Case("empty model folder", GENERATE + "empty", ("empty", "nothing")),
     Case("text as a model", GENERATE + "text.txt", ("text.txt", "GGUF")),

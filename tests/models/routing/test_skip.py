@@ -201,9 +201,11 @@ def test_generation_leaves_out_and_says_how_much():
         (lambda: FixedSkip(layers=0), "layers = 0"),
         (
             lambda: (FFNSkip(first=3, last=3), CFG),
-            "first = 3 and skip.last = 3 of the model's 6 layers.*leaves 0 where 1",
+            "first = 3 and skip.last = 3 of the model's 6 layers.*leaves 0 where this takes 2",
         ),
-        (lambda: (FixedSkip(layers=5), CFG), "leaves 4 where 5"),
+        (lambda: (FFNSkip(first=3, last=2), CFG), "leaves 1 where this takes 2"),
+        (lambda: (RandomSkip(first=3, last=3), CFG), "leaves 0 where this takes 1"),
+        (lambda: (FixedSkip(layers=5), CFG), "leaves 4 where this takes 5"),
         (lambda: (FFNSkip(), CFG.replace(residual=DeepDelta())), "DeepDelta keeps more than one stream"),
     ],
 )
