@@ -19,6 +19,7 @@ from jaxpar.optimisers import make
 from jaxpar.optimisers_config import AnyOptimiser
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
 from jaxpar.program import Program, build
+from jaxpar.quantise.training import Quantise
 from jaxpar.recovery.transform import RECOVERY
 from jaxpar.step import Batch, Control, Step, TrainState, chain
 from jaxpar.steps.base import make_step
@@ -72,8 +73,9 @@ class Runs:
         steps: int,
         transforms=(),
         goes_back: bool = False,
+        quantise: Quantise | None = None,
     ):
-        self.program: Program = build(cfg, make_mesh(MeshConfig(), jax.devices()[:1]))
+        self.program: Program = build(cfg, make_mesh(MeshConfig(), jax.devices()[:1]), quantise=quantise)
         tx = make(optimiser, self.program.specs, steps=steps)
         # A chain may need to know the parameters: a function of their specs then.
         parts = transforms(self.program) if callable(transforms) else transforms

@@ -15,6 +15,7 @@ from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TensorConfig
+from jaxpar.quantise.training import Quantise
 from jaxpar.recovery.config import AnyRecovery, FailureConfig
 from jaxpar.recovery.no_failure import NoFailure
 from jaxpar.sampling import Sampler
@@ -100,6 +101,8 @@ class RunConfig:
       skipping: which layers a microbatch leaves out. None: it runs them all. On a mesh with stage > 1 stages then run one
         after the other, without a pipeline.
       tensor: how products work on a mesh with tensor > 1.
+      quantise: the number format of layers' products, forwards and backwards: for instance mxfp8, see `jaxpar formats`.
+        None: the compute dtype.
       recovery: how stages of the model that are lost come back. A run whose failures it cannot recover does not start.
         With checkfree_plus each second microbatch runs both ends in swapped order.
       failures: which stages are lost when.
@@ -107,11 +110,11 @@ class RunConfig:
       distributed: several processes.
       evaluate_every: steps between evaluations; there is always one at the end. None: only that one.
       evaluate_batches: held-out batches in an evaluation.
+      inspect_every: steps between looks into the model on held-out rows, as `jaxpar inspect` has them: depth weights, norms,
+        cosines, the loss behind each layer and how deep tokens would go, as metrics and as a picture. None: none.
       checkpoint_every: steps between checkpoints; there is always one at the end. None: only that one.
       checkpoint_keep: how many checkpoints stay.
       baseline: compute the loss of a bigram model on the same held-out examples.
-      inspect_every: steps between looks into the model on held-out rows, as `jaxpar inspect` has them: depth weights, norms,
-        cosines, the loss behind each layer and how deep tokens would go, as metrics and as a picture. None: none.
       sample: the text generated at the end.
       progress: a bar in a terminal or notebook, plain lines elsewhere ("auto"), or one of these, or nothing.
       compile_cache: keep compiled programs on disk for the next start.
@@ -131,6 +134,7 @@ class RunConfig:
     pipeline: PipelineConfig = PipelineConfig()
     sequence: SequenceConfig = SequenceConfig()
     tensor: TensorConfig = TensorConfig()
+    quantise: Quantise | None = field(default=None, metadata={"parse": Quantise.parse})
     skipping: AnySkipping | None = None
     recovery: AnyRecovery = NoFailure()
     failures: FailureConfig = FailureConfig()
@@ -138,11 +142,11 @@ class RunConfig:
     distributed: DistributedConfig = DistributedConfig()
     evaluate_every: int | None = 100
     evaluate_batches: int = 8
+    inspect_every: int | None = None
     checkpoint_every: int | None = 100
     checkpoint_keep: int = 3
     baseline: bool = True
     sample: SampleConfig = SampleConfig()
-    inspect_every: int | None = None
     progress: Literal["auto", "bar", "notebook", "lines", "off"] = "auto"
     compile_cache: bool = True
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -51,6 +51,7 @@ def explain_run(config: RunConfig, *, compiled: bool = False, topology: str | No
         pipeline=config.pipeline if staged else None,
         sequence=sequence,
         tensor=config.tensor,
+        quantise=config.quantise,
     )
     on_device = rows // (mesh.data * mesh.fsdp)
     cuts = microbatches(config.pipeline, config.tensor, mesh.sizes, on_device) if staged else 1
@@ -99,6 +100,7 @@ def lower_step(config: RunConfig, cfg, topology: str | None = None):
         pipeline=config.pipeline,
         sequence=config.sequence,
         tensor=config.tensor,
+        quantise=config.quantise,
         staged=config.staged(mesh_sizes(mesh)),
     )
     step = whole_step(config, program)

@@ -35,6 +35,7 @@ from jaxpar.programs.tensor import hand_for, training_ops
 from jaxpar.programs.tensor import loss_fn as tensor_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.programs.whole import loss_fn as whole_loss
+from jaxpar.quantise.training import Quantise
 from jaxpar.step import Batch, Control, Gradients
 
 Tree = Any
@@ -92,6 +93,7 @@ def build(
     pipeline: PipelineConfig | None = None,
     sequence: SequenceConfig | None = None,
     tensor: TensorConfig | None = None,
+    quantise: Quantise | None = None,
     staged: bool | None = None,
 ) -> Program:
     """Join a model and a mesh.
@@ -102,6 +104,7 @@ def build(
       pipeline: how microbatches pass through the stages, where the mesh has a stage axis larger than 1.
       sequence: how attention works, where the mesh has a sequence axis larger than 1.
       tensor: how products work, where the mesh has a tensor axis larger than 1.
+      quantise: the number formats of layers' products in training and evaluation. None: the compute dtype.
       staged: build the pipeline's program. None: where there is more than one stage.
 
     Raises:
@@ -116,12 +119,13 @@ def build(
     first = mesh.devices.flat[0]
     on_host = sum(d.process_index == first.process_index for d in mesh.devices.flat)
     sequence, note = settled(sequence, cfg, sizes, first.device_kind, on_host, rows=rows, length=length)
-    used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor)
+    used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor, quantise=quantise)
     tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
     param_shardings = shardings(tree, mesh, rules)
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
     ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))
     training = training_ops(ops, tensor, mesh, rules)
+    training = training if quantise is None else quantise.ops(training)
     hand = hand_for(tensor, sizes, tree, rules)
     if staged:
         pipes = PipelineProgram(cfg, mesh, rules, tree, training, pipeline, sequence, tensor)
@@ -177,6 +181,7 @@ def checked(
     pipeline: PipelineConfig | None = None,
     sequence: SequenceConfig = SequenceConfig(),
     tensor: TensorConfig = TensorConfig(),
+    quantise: Quantise | None = None,
 ) -> tuple[Tree, Rules]:
     """Every parameter's `ParamSpec`, and the rules that hold on this mesh, once all that `build` is given fits together.
 
@@ -195,6 +200,8 @@ def checked(
     over = math.prod(sizes[a] for a in rules.mesh_axes("batch", "activations"))
     at_a_time = rows // over if rows is not None and pipeline is None else None
     tensor.check(sizes, rows=at_a_time, over=over, length=length)
+    if quantise is not None:
+        quantise.check(cfg, sizes, tensor, length)
     cfg.exits.check_stages(sizes["stage"] if pipeline is not None else 1)
     spread = {
         f"layers lie on {sizes['stage']} stages": pipeline is not None,

@@ -285,6 +285,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = print) -> Run:
         pipeline=settled.pipeline,
         sequence=config.sequence,
         tensor=config.tensor,
+        quantise=config.quantise,
         staged=settled.staged(mesh_sizes(mesh)),
     )
     for note in program.notes:

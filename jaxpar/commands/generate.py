@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxpar.adaptive.policy import Decoding
 from jaxpar.commands.base import checking, read
 from jaxpar.errors import UserError
 from jaxpar.models.routing.skip import Skipping
+from jaxpar.quantise.choose import AnyQuantised, parse, quantised
 from jaxpar.sampling import Sampler
 
 
@@ -22,6 +24,11 @@ class GenerateConfig:
       tokens: the most tokens to add to each.
       sampler: how tokens are chosen; `--temperature 0` (greedy) is the default.
       skip: parts of layers that tokens leave out. None: none.
+      decoding: how exits are used: tokens leave early (exit-early), or an exit drafts what the whole model verifies
+        (speculate: the tokens of plain greedy decoding). None: every token runs through all layers.
+      quantise: the number formats of weights, activations and cache: w8a16, w4a16, w8a8, w4a8, w4a4, w4ax (8 bits where
+        activations have outliers), groups as in w4g32a16, keys and values as in w4a4kv4; or a format for weights and
+        activations (mxfp8). None: as the model was saved.
       seed: of the draws.
       dtype: compute dtype. None: the model's own.
       compile_cache: keep compiled programs on disk for the next start.
@@ -32,6 +39,8 @@ class GenerateConfig:
     tokens: int = 64
     sampler: Sampler = Sampler()
     skip: Skipping | None = None
+    decoding: Decoding | None = None
+    quantise: AnyQuantised | None = field(default=None, metadata={"parse": parse})
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     compile_cache: bool = True
@@ -46,27 +55,37 @@ def main(argv: list[str]) -> int | None:
     start(compile_cache=config.compile_cache)
     import jax
 
-    from jaxpar.generation import continued
+    from jaxpar.adaptive.generate import continued
     from jaxpar.loading import load
+    from jaxpar.models.context import Ops
 
     with checking():
         loaded = load(config.model)
         cfg = loaded.cfg if config.dtype is None else loaded.cfg.replace(dtype=config.dtype)
+        params, ops, note = loaded.params, Ops(), ""
+        if config.quantise is not None:
+            params, ops, note = quantised(config.quantise, cfg, loaded, ops)
         found = continued(
             cfg,
-            loaded.params,
+            params,
             [loaded.encode(text) for text in config.prompt],
             new_tokens=config.tokens,
             sampler=config.sampler,
             stop=loaded.stop,
             key=jax.random.key(config.seed),
             vocabulary=loaded.vocabulary,
+            ops=ops,
             skip=config.skip,
+            decoding=config.decoding,
         )
     for i, (text, row) in enumerate(zip(config.prompt, found.rows, strict=True)):
         if i:
             print("\n---")
         print(text + loaded.decode(row))
+    if note:
+        print(note, file=sys.stderr)
+    if found.note:
+        print(found.note, file=sys.stderr)
     if config.skip is not None:
         what = "feed-forward parts" if config.skip.site == "feedforward" else "layers"
         print(

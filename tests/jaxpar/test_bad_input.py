@@ -111,6 +111,10 @@ CASES = [
         "{train} --mesh data=2,sequence=2,tensor=2 --tensor.products gathered --length 38 --sequence.layout contiguous",
         ("'gathered'", "sequence(2) × tensor(2)", "38 / 4", "nearest length that works: 40"),
     ),
+    # number formats
+    Case("unknown number format", "{train} --quantise mxfp9", ("'mxfp9'", "did you mean mxfp")),
+    Case("blocks that do not divide", "{train} --quantise mxfp8 --hidden 80", ("model.hidden = 80", "64 or 96")),
+    Case("bits that there are not", GENERATE + "run --quantise w5a16", ("'w5a16'", "w8a16", "kv4")),
     Case(
         "one row in two halves",
         "{train} --mesh data=4,tensor=2 --tensor.products weave --batch 4",
@@ -257,7 +261,35 @@ CASES = [
     # generate
     Case("skip: no cosine", GENERATE + "run --skip ffn-skip --threshold 1.5", ("threshold = 1.5", "-1 to 1")),
     Case("skip: too few layers", GENERATE + "run --skip ffn-skip", ("first = 1", "last = 1", "2 layers", "leaves 0")),
-    Case("routers over stages", "explain tiny --feedforward duo --routing learned --mesh stage=2", ("2 stages", "random")),
+    Case(
+        "routers over stages", "explain tiny --feedforward duo --routing learned --mesh stage=2", ("2 stages", "random")
+    ),
+    # exits
+    Case("exit behind the last layer", "{train} --exits.at 2", ("model.exits.at = (2,)", "1 to 1", "2 layers")),
+    Case("exits that fall", "{train} --layers 4 --exits.at 3 1", ("(3, 1)", "must rise", "(1, 3)")),
+    Case("exits of sources", "{train} --exits.at 1 --residual mudd-former", ("MuddFormer", "layer 1", "DeepDelta")),
+    Case("exits in a pipeline", "{train} --exits.at 1 --mesh data=4,stage=2", ("(1,)", "2 stages", "stage=1")),
+    Case(
+        "exits and swaps", "{train} --layers 4 --exits.at 1 --skipping swap-ends", ("(1,)", "swap-ends", "layer-drop")
+    ),
+    Case("an exit that is not trained", "{train} --exits.at 1 --exits.loss layer-skip", ("LayerSkip", "first layer")),
+    Case("weights by exits", "{train} --exits.at 1 --exits.loss ee-llm --weight 1 1", ("2 numbers", "1 exits")),
+    Case("no exit to draft", GENERATE + "run --decoding speculate", ("no exits", "2 layers", "--decoding.layer 1")),
+    Case("drafts of all", GENERATE + "run --decoding speculate --decoding.layer 2", ("layer 2", "2 layers", "1 to 1")),
+    Case("drafts of none", GENERATE + "run --decoding speculate --decoding.layer 1 --draft 0", ("draft = 0",)),
+    Case(
+        "drafts of draws",
+        GENERATE + "run --decoding speculate --decoding.layer 1 --temperature 0.8",
+        ("temperature = 0.8", "exit-early"),
+    ),
+    Case("no exit to leave by", GENERATE + "run --decoding exit-early", ("no exits", "2 layers", "--decoding.at")),
+    Case("never sure", GENERATE + "run --decoding exit-early --threshold.value 1.5", ("1.5", "never fire")),
+    Case("always sure", GENERATE + "run --decoding exit-early --threshold.value -1", ("-1", "always fire")),
+    Case(
+        "two ways to leave out",
+        GENERATE + "run --decoding exit-early --decoding.at 1 --skip ffn-skip --skip.first 0 --skip.last 0",
+        ("--skip", "--decoding", "not combined"),
+    ),
     Case("no model", GENERATE + "nowhere", ("nowhere", "no model")),
     Case("empty model folder", GENERATE + "empty", ("empty", "nothing")),
     Case("text as a model", GENERATE + "text.txt", ("text.txt", "GGUF")),
