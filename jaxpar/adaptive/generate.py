@@ -1,10 +1,12 @@
-"""Generation through exits as the command line asks for it: rows, and a sentence on what was saved."""
+"""Generation as the command line asks for it, through exits or not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from jaxpar import generation
 from jaxpar.adaptive.decode import exit_early
 from jaxpar.adaptive.policy import Decoding, Speculate
 from jaxpar.adaptive.speculate import speculate
@@ -13,37 +15,58 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.sampling import Sampler
 
 
-def through_exits(
-    decoding: Decoding,
+@dataclass(frozen=True)
+class Continued(generation.Continued):
+    """Attributes:
+    note: what exits saved, a sentence. Empty where none was asked.
+    """
+
+    note: str = ""
+
+
+def continued(
     cfg: ModelConfig,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
     sampler: Sampler,
+    decoding: Decoding | None = None,
+    skip: Any = None,
     key=None,
     **options: Any,
-) -> tuple[list[list[int]], str]:
-    """The new tokens of each row, and what to say of them. Options are those of `jaxpar.generation.generate`.
+) -> Continued:
+    """`jaxpar.generation.continued`, or through exits.
 
     Raises:
-      UserError: drafts where tokens are drawn, or what `exit_early` and `speculate` refuse.
+      UserError: parts that are skipped where exits decide; drafts where tokens are drawn; and what `exit_early` and
+        `speculate` refuse.
     """
-    if not isinstance(decoding, Speculate):
-        found = exit_early(cfg, params, prompts, decoding, sampler=sampler, key=key, **options)
-        total = max(sum(found.exits), 1)
-        shares = [f"{100 * n / total:.0f} %" for n in found.exits]
-        by = ", ".join(
-            f"{share} behind layer {layer}" for share, layer in zip(shares, decoding.exits(cfg), strict=False)
-        )
-        return found.rows, f"left {by}, {shares[-1]} behind the last; {found.depth:.2f} of {cfg.layers} layers a token"
-    if sampler.temperature > 0:
+    if decoding is None:
+        found = generation.continued(cfg, params, prompts, sampler=sampler, skip=skip, key=key, **options)
+        return Continued(found.rows, found.skipped, found.spared)
+    if skip is not None:
         raise UserError(
-            f"temperature = {sampler.temperature} draws tokens, and --decoding speculate verifies greedy ones; set temperature = 0, "
-            "or take --decoding exit-early"
+            "--skip and --decoding both say what a token leaves out, and are not combined: leave one of them away"
         )
+    if isinstance(decoding, Speculate):
+        if sampler.temperature > 0:
+            raise UserError(
+                f"temperature = {sampler.temperature} draws tokens, and --decoding speculate verifies greedy ones; set "
+                "temperature = 0, or take --decoding exit-early"
+            )
+        return drafted(cfg, params, prompts, decoding, options)
+    found = exit_early(cfg, params, prompts, decoding, sampler=sampler, key=key, **options)
+    total = max(sum(found.exits), 1)
+    shares = [f"{100 * n / total:.0f} % of the tokens left" for n in found.exits]
+    by = [f"{share} behind layer {layer}" for share, layer in zip(shares, decoding.exits(cfg), strict=False)]
+    return Continued(found.rows, note=f"{', '.join(by)}; {found.depth:.2f} of {cfg.layers} layers a token")
+
+
+def drafted(cfg: ModelConfig, params: Any, prompts: Sequence, decoding: Speculate, options: dict) -> Continued:
     layer = decoding.behind(cfg)
     found = speculate(cfg, params, prompts, layer=layer, draft=decoding.draft, **options)
-    return found.rows, (
+    note = (
         f"drafts of {decoding.draft} tokens behind layer {layer} of {cfg.layers}: {100 * found.acceptance:.1f} % accepted, "
         f"{found.tokens_per_round:.2f} tokens for each call of the whole model"
     )
+    return Continued(found.rows, note=note)

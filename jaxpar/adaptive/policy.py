@@ -64,8 +64,8 @@ class ExitEarly:
         at = self.at or cfg.exits.at
         if not at:
             raise UserError(
-                f"the model has no exits; name layers of its {cfg.layers} to leave behind (--decoding.at 2), or train one with "
-                "--exits.at"
+                f"the model has no exits; name some of its {cfg.layers} layers to leave behind (--decoding.at {cfg.layers // 2}), or "
+                "train one with --exits.at"
             )
         if list(at) != sorted(set(at)) or not 1 <= at[0] <= at[-1] < cfg.layers:
             raise UserError(

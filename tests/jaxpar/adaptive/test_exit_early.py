@@ -241,7 +241,7 @@ def test_what_a_threshold_would_do_by_hand():
         (lambda: Threshold(-0.1), "threshold.value = -0.1 would always fire"),
         (lambda: Threshold(0.5, decay=2.0), "threshold.decay = 2.0"),
         (lambda: Recompute(0), "remedy.window = 0"),
-        (lambda: ExitEarly().exits(CFG.replace(exits=Exits())), "the model has no exits; name layers of its 4"),
+        (lambda: ExitEarly().exits(CFG.replace(exits=Exits())), "the model has no exits; name some of its 4 layers"),
         (lambda: ExitEarly(at=(2, 4)).exits(CFG), r"behind the layers \(2, 4\) must rise within 1 to 3, of 4 layers"),
         (lambda: Speculate().behind(CFG.replace(exits=Exits())), "no exits to draft with.*--decoding.layer 2"),
         (lambda: run(replace(RECOMPUTE, confidence=Learned())), "Learned has parameters: fit them"),
