@@ -13,6 +13,7 @@ from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context
 from jaxpar.models.exits.config import Adapter, Calm, Deed, EeLlm, Exits, Free, LayerSkip, OwnNorm
+from jaxpar.models.feedforward.duo import Duo
 from jaxpar.models.positions import NoPositions
 from jaxpar.models.residual.deep_delta import DeepDelta
 from jaxpar.models.residual.hyper_connections import HyperConnections
@@ -217,6 +218,7 @@ def test_flops_by_hand():
         ({"exits": Exits((1, 9))}, "not behind 9 .there is no such layer"),
         ({"exits": Exits((3, 2))}, r"\(3, 2\) must rise.*\(2, 3\)"),
         ({"residual": MuddFormer()}, "MuddFormer reads a source of every layer, and behind layer 2 those of 2 layers"),
+        ({"feedforward": Duo()}, r"\(2, 3\) trains the stack in 3 parts, and Duo counts .* over all 4 layers"),
         ({"exits": Exits((2, 3), loss=EeLlm((1.0, 1.0, 1.0)))}, "3 numbers for the 2 exits"),
         ({"exits": Exits((1, 3), loss=LayerSkip())}, "LayerSkip's weights are 0 for an exit behind the first layer"),
         ({"exits": Exits((2,), loss=LayerSkip(curriculum="rotational"))}, "period = 2 is longer than the 1 exits"),
