@@ -9,8 +9,8 @@ not say whose keys and values the other tokens have. Two readings:
     sequential   one token after the other; all routes see the keys and values of the routes that earlier tokens took.
 
 An oracle selects: the lowest of many noisy losses is low by chance too. `perturbed` is the null control: as many models as there are
-routes, the all-big one with noise on its feed-forward weights, of such a size that they are as good on average as the routes;
-the lowest of *their* losses is what selection alone gives.
+routes, the all-big one with noise on its feed-forward weights, so much that a token's losses differ as much between them as
+between the routes (`spread`). What the lowest of *their* losses gains on their mean is what selection alone gives.
 """
 
 from __future__ import annotations
@@ -106,18 +106,23 @@ def perturbed(cfg: ModelConfig, params: Tree, tokens_BxT, targets_BxT, sigma, ke
     return jax.lax.map(one, jnp.arange(models))
 
 
-def matched(mean_loss: Callable[[float], float], wanted: float, *, high: float = 1.0, turns: int = 20) -> float:
-    """The sigma from 0 to `high` whose copies have this mean loss, by bisection: `high` where none has.
+def spread(losses_RxBxT) -> float:
+    """How far a token's losses lie apart between models: their standard deviation, on average over tokens."""
+    return float(np.asarray(losses_RxBxT, np.float64).std(0).mean())
+
+
+def matched(measure: Callable[[float], float], wanted: float, *, high: float = 1.0, turns: int = 20) -> float:
+    """The sigma from 0 to `high` at which a measure that rises with it is `wanted`, by bisection; `high` where it is not.
 
     Args:
-      mean_loss: sigma -> the mean loss of the copies, which rises with it.
+      measure: sigma -> a number, for example the spread of the copies.
     """
-    if mean_loss(high) <= wanted:
+    if measure(high) <= wanted:
         return high
     low = 0.0
     for _ in range(turns):
         middle = (low + high) / 2
-        low, high = (middle, high) if mean_loss(middle) < wanted else (low, middle)
+        low, high = (middle, high) if measure(middle) < wanted else (low, middle)
     return (low + high) / 2
 
 

@@ -185,13 +185,14 @@ def test_the_sequential_oracle_is_brute_force_over_prefixes():
             modules[:, 0, t] = candidates[int(np.argmin(by_route))]
 
 
-def test_the_null_control_is_the_big_model_with_noise_of_a_given_mean_loss():
+def test_the_null_control_is_the_big_model_with_noise_of_a_given_size():
     run = jax.jit(partial(oracle.perturbed, CFG), static_argnums=5)
     at = lambda sigma: np.asarray(run(PARAMS, INPUTS, TARGETS, sigma, jax.random.key(5), 4))
     np.testing.assert_allclose(at(0.0), np.tile(losses(CFG, PARAMS), (4, 1, 1)), atol=1e-5)
     noisy = at(0.3)
     assert len({float(x) for x in noisy.mean((1, 2))}) == 4
     assert noisy.min(0).mean() < noisy.mean()
+    assert oracle.spread(noisy) == pytest.approx(noisy.std(0).mean(), rel=1e-5)
     assert oracle.matched(lambda sigma: sigma**2, 0.09) == pytest.approx(0.3, abs=1e-5)
     assert oracle.matched(lambda sigma: sigma, 7.0, high=2.0) == 2.0
 
