@@ -71,9 +71,7 @@ def test_products_are_those_of_the_values(inputs, weights):
         assert np.abs(exact).max() > 0.01
 
 
-@pytest.mark.parametrize(
-    ("inputs", "weights"), [("mxfp8", "mxint8"), ("nvint4", "nvfp4"), ("int8_row", "fp8_e4m3_row")]
-)
+@pytest.mark.parametrize(("inputs", "weights"), [("nvint4", "nvfp4"), ("int8_row", "fp8_e4m3_row")])
 def test_in_bfloat16_blocks_lose_nothing(inputs, weights):
     """Operands in bfloat16 are exact, sums are float32."""
     x, w, _ = draw("outliers", jnp.bfloat16)
@@ -122,23 +120,26 @@ def test_a_sum_that_int32_cannot_hold_is_refused():
 
 @pytest.mark.parametrize(
     ("operands", "gradients"),
-    [(("mxfp8", "mxint8"), "mxfp8_e5m2"), (("int8_row", "int8_row"), "int8_row"), (("nvfp4", "nvfp4"), None)],
+    [(("mxfp8", "mxint8"), "mxfp8_e5m2"), (("int8_row", "int8_row"), "int8_row")],
 )
 def test_gradients_are_those_of_six_quantisations(operands, gradients):
     """Straight through the rounding; each operand along what its product sums over."""
     x, w, dy = draw("outliers")
-    rows = 32 if gradients is not None else M
-    x, dy = (jnp.concatenate([a, 2 * a])[:rows] for a in (x, dy))
+    x, dy = (jnp.concatenate([a, 2 * a])[:32] for a in (x, dy))
     w, dy = w[:, :32], dy[:, :32]
     inputs, weights = map(get, operands)
-    back = None if gradients is None else get(gradients)
+    back = get(gradients)
     how = Operands(inputs, weights, back)
-    y, pull = jax.vjp(jax.jit(lambda x, w: quant_matmul(x, w, how)), x, w)
-    dx, dw = pull(dy)
-    q = lambda a, fmt, axis: a if fmt is None else quantise(a, fmt, axis)
-    assert error(y, product_reference(q(x, inputs, -1), q(w, weights, -2), (-1, -2))) < 1e-6
-    assert error(dx, product_reference(q(dy, back, -1), q(w, back, -1), (-1, -1))) < 1e-6
-    assert error(dw, product_reference(q(x, back, -2), q(dy, back, -2), (-2, -2))) < 1e-6
+
+    @jax.jit
+    def run(x, w, dy):
+        y, pull = jax.vjp(partial(quant_matmul, operands=how), x, w)
+        return y, *pull(dy)
+
+    y, dx, dw = run(x, w, dy)
+    assert error(y, product_reference(quantise(x, inputs, -1), quantise(w, weights, -2), (-1, -2))) < 1e-6
+    assert error(dx, product_reference(quantise(dy, back, -1), quantise(w, back, -1), (-1, -1))) < 1e-6
+    assert error(dw, product_reference(quantise(x, back, -2), quantise(dy, back, -2), (-2, -2))) < 1e-6
 
 
 @pytest.mark.quick
@@ -169,7 +170,7 @@ def test_shapes_of_projections_and_stacked_layers():
     x = jnp.asarray(rng.standard_normal((2, 5, D)), jnp.float32)
     query = jnp.asarray(rng.standard_normal((L, D, H, S)), jnp.float32)
     out = jnp.asarray(rng.standard_normal((L, H, S, D)), jnp.float32)
-    for name in ("mxint8", "int4_g32", "int8_tensor", "nvint4"):
+    for name in ("int4_g32", "nvint4"):
         qs = quantise(query, name, axis=1, stacked=1)
         os = quantise(out.reshape(L, H * S, D), name, axis=1, stacked=1)
 
@@ -293,7 +294,7 @@ def test_what_does_not_fit_is_told(call, words):
 @pytest.mark.quick
 def test_formats_split_into_what_is_summed_and_what_is_not():
     x, _, _ = draw("normal")
-    for name in ("mxint6", "mxfp8", "nvfp4", "int8_tensor", "fp8_e5m2_row", "int4_g32"):
+    for name in ("mxint6", "nvfp4", "int8_row", "int4_g32"):
         q = quantise(x, name)
         inside, outside = formats.split(q, jnp.bfloat16)
         # Before NVFP4's tensor scale and behind float32 scales of groups, bfloat16 is exact.
