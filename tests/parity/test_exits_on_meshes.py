@@ -7,23 +7,15 @@ from jaxpar.errors import UserError
 from jaxpar.experiments.parity.compare import MODELS, reference, run, too_large
 from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.parallel.pipeline.config import PipelineConfig
-from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.program import checked
 from jaxpar.skipping.config import LayerSkipDropout, SwapEnds
 
 EXITS = MODELS["exits"]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "products"),
-    [
-        ("data=2,fsdp=2,tensor=2", "whole"),
-        ("data=2,tensor=2", "weave"),
-    ],
-)
-def test_exits_on_a_mesh_are_the_single_device_run(mesh, products, devices):
+def test_exits_on_a_mesh_are_the_single_device_run(devices):
     """Adapters, and a distillation beside the losses."""
-    found = run(EXITS, MeshConfig.parse(mesh), tensor=TensorConfig(products))
+    found = run(EXITS, MeshConfig.parse("data=2,fsdp=2,tensor=2"))
     assert not too_large(found, reference("exits"))
 
 

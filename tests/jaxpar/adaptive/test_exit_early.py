@@ -148,7 +148,7 @@ def test_propagated_keys_and_values_are_those_of_layers_that_add_nothing():
                 np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("confidence", [Similarity(), Learned()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("confidence", [Learned()], ids=lambda c: type(c).__name__)
 def test_every_confidence_decides_as_it_does_when_asked(confidence):
     own = {"weight": 0.3 * jax.random.normal(jax.random.key(2), (2, 32)), "bias": jnp.array([-1.0, 0.5])}
     policy = replace(at(RECOMPUTE, 0.5), confidence=confidence)
