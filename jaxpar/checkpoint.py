@@ -52,7 +52,10 @@ from jaxpar.step import TrainState
 
 __all__ = ["FREE", "CheckpointError", "Checkpoints", "Meta", "load", "versions"]
 
-FREE = tuple(f"model.{name}" for name in ("dtype", "remat", "layer_loop", "loss_chunk", "dropout", "init_std"))
+FREE = tuple(
+    f"model.{name}"
+    for name in ("dtype", "remat", "layer_loop", "loss_chunk", "dropout", "init_std", "attention_implementation")
+)
 """Fields of the model that may change between runs: they say how it is computed, not what its parameters mean."""
 
 

@@ -27,6 +27,7 @@ from jaxpar.parallel.rules import Rules, batch_sharding, check, constrain, shard
 from jaxpar.parallel.sequence.choose import copies
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TensorConfig
+from jaxpar.programs.attention import check_attention
 from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
 from jaxpar.programs.routes import over_routes
 from jaxpar.programs.sequence import layout_for, settled
@@ -121,6 +122,7 @@ def build(
     sequence, note = settled(sequence, cfg, sizes, first.device_kind, on_host, rows=rows, length=length)
     used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor, quantise=quantise)
     tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
+    check_attention(cfg, mesh, rows, length)
     param_shardings = shardings(tree, mesh, rules)
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
     ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))

@@ -48,6 +48,7 @@ Depth = EveryToken | MixtureOfDepths
 
 Remat = Literal["none", "full", "dots"]
 Dtype = Literal["float32", "bfloat16"]
+AttentionImplementation = Literal["xla", "cudnn", "mosaic_tpu"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class ModelConfig:
         of six (Gemma 3). Used where `window` is set.
       attention_scale: multiplies the logits. None: `head_size ** -0.5`.
       attention_cap, logit_cap: soft caps `c·tanh(x/c)` of attention and output logits. None: no cap.
+      attention_implementation: what computes attention in training and evaluation, as `jaxpar.pallas_kernels.attention`
+        names it; a run that it cannot do does not start. None: the best that fits, as always in generation with a cache.
       tied_embeddings: the output projection is the embedding's transpose.
       embedding_scale: multiplies embeddings (Gemma: sqrt(width)). None: 1.
       init_std: standard deviation of initial weights; output projections are scaled by 1/sqrt(2·layers) (GPT-2).
@@ -114,6 +117,7 @@ class ModelConfig:
     window_pattern: tuple[bool, ...] = (True,)
     attention_scale: float | None = None
     attention_cap: float | None = None
+    attention_implementation: AttentionImplementation | None = None
     logit_cap: float | None = None
     tied_embeddings: bool = True
     embedding_scale: float | None = None

@@ -179,7 +179,9 @@ def attention_branch(
         return None, pages
 
     (q,) = q
-    out = ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap)
+    # A cache's rows have indices of their own, which not every implementation takes.
+    named = cfg.attention_implementation if pages is None else None
+    out = ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap, implementation=named)
     y = ops.row(out, params["out"]["kernel"], contract=2)
     if "bias" in params["out"]:
         y = y + params["out"]["bias"].astype(y.dtype)[None, None]

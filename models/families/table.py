@@ -20,7 +20,7 @@ from jaxpar.models.families.gguf_metadata import Keys
 from jaxpar.models.positions import Learned, Rope
 
 LAYER = "{layer}"
-TRAINING_ONLY = ("init_std", "dropout", "dtype", "remat", "layer_loop", "loss_chunk")
+TRAINING_ONLY = ("init_std", "dropout", "dtype", "remat", "layer_loop", "loss_chunk", "attention_implementation")
 """Fields of `ModelConfig` that do not change what a trained model computes (in exact arithmetic)."""
 
 
