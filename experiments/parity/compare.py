@@ -21,6 +21,7 @@ from jaxpar.models.residual.attention_residuals import AttentionResiduals
 from jaxpar.models.residual.deep_delta import DeepDelta
 from jaxpar.models.residual.manifold import ManifoldHyperConnections
 from jaxpar.models.residual.mudd import MuddFormer
+from jaxpar.models.routing.depth import MixtureOfDepths
 from jaxpar.models.spec import path_name
 from jaxpar.optimisers import make
 from jaxpar.optimisers_config import AdamW, Constant
@@ -60,6 +61,7 @@ MODELS = {
     "two modules, routers": LLAMA.replace(
         layers=4, feedforward=Duo(small=1 / 8, routing="learned", budget=0.25, strength=10.0)
     ),
+    "mixture of depths": LLAMA.replace(layers=4, depth=MixtureOfDepths(capacity=0.3)),
     "mudd": LLAMA.replace(layers=4, residual=MuddFormer()),
     "exits": LLAMA.replace(layers=2, dropout=0.1, exits=Exits((1,), Adapter(4), Free(0.5))),
 }
