@@ -8,13 +8,15 @@ from functools import partial
 
 import jax
 
+from jaxpar.pallas_kernels.dispatch import Implementation
 from jaxpar.pallas_kernels.formats.format import Format
 from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, quantise
 from jaxpar.pallas_kernels.formats.rotation import rotate, signs
-from jaxpar.pallas_kernels.matmul import scaled_dot
+from jaxpar.pallas_kernels.matmul import mosaic_tpu, scaled_dot
 from jaxpar.pallas_kernels.matmul.products import product
 
-IMPLEMENTATIONS = ("xla", "scaled_dot")
+MOSAIC_TPU = Implementation("mosaic_tpu", mosaic_tpu.product_mosaic_tpu, mosaic_tpu.misfit, platform="tpu", kernel=True)
+IMPLEMENTATIONS = ("xla", "scaled_dot", MOSAIC_TPU.name)
 """What `implementation` may name."""
 
 
@@ -50,7 +52,9 @@ class Operands:
         return rotate(x, self.rotate, axis, signs=line, inverse=inverse)
 
 
-def quant_matmul(x, w, operands: Operands = Operands(), *, contract: int = 1, implementation: str | None = None):
+def quant_matmul(
+    x, w, operands: Operands = Operands(), *, contract: int = 1, implementation: str | None = None, interpret=False
+):
     """`x [..., a...] · w [a..., b...] -> [..., b...]` over the last `contract` dimensions of x and the first of w.
 
     Gradients pass through the rounding as if it were not there (straight-through); a `Quantised` w has none. What is
@@ -62,7 +66,9 @@ def quant_matmul(x, w, operands: Operands = Operands(), *, contract: int = 1, im
         of the sizes a..., quantised along K.
       operands: formats. With all None and w an array this is the plain product.
       implementation: "xla", "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some),
-        or None: "xla". Products whose operands a named one cannot multiply raise; nothing is done in another way silently.
+        "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits, in the forward product; the backward ones are
+        XLA's; not measured on a TPU yet, and so never chosen unasked), or None: "xla". Products whose operands a named one cannot multiply raise; nothing is done in another way silently.
+      interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 
     Returns:
       [..., b...] in x's dtype; sums are taken in float32.
@@ -84,7 +90,7 @@ def quant_matmul(x, w, operands: Operands = Operands(), *, contract: int = 1, im
     x_MxK = x.reshape(math.prod(lead), inner)
     w_KxN = _flat(w) if fixed else w.astype(x.dtype).reshape(inner, math.prod(outer))
     _check(x_MxK.shape, w_KxN, operands, implementation)
-    y = _multiply((operands, implementation), x_MxK, w_KxN)
+    y = _multiply((operands, implementation, interpret), x_MxK, w_KxN)
     return y.reshape(*lead, *outer)
 
 
@@ -132,10 +138,14 @@ def _in(x, fmt: Format | None, axis: int):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(how, x_MxK, w_KxN):
-    operands, implementation = how
+    operands, implementation, interpret = how
     x = _in(operands.rotated(x_MxK, -1), operands.inputs, -1)
     w = w_KxN if isinstance(w_KxN, Quantised) else _in(operands.rotated(w_KxN, -2), operands.weights, -2)
-    return _product(implementation, x, w, (-1, -2), x_MxK.dtype)
+    if implementation != MOSAIC_TPU.name:
+        return _product(implementation, x, w, (-1, -2), x_MxK.dtype)
+    if reason := MOSAIC_TPU.refusal((x, w), {"axes": (-1, -2), "dtype": x_MxK.dtype}, interpret=interpret):
+        raise ValueError(f'a quantised product with implementation="mosaic_tpu" {reason}; use implementation="xla"')
+    return MOSAIC_TPU.run(x, w, x_MxK.dtype, interpret=interpret)
 
 
 def _multiply_forward(how, x, w):
@@ -143,7 +153,7 @@ def _multiply_forward(how, x, w):
 
 
 def _multiply_backward(how, kept, dy_MxN):
-    operands, implementation = how
+    operands, implementation, _ = how
     x_MxK, w_KxN = kept
     fmt, dtype, fixed = operands.gradients, x_MxK.dtype, isinstance(w_KxN, Quantised)
     # Its scales lie along K, which is not summed over here.
