@@ -3,6 +3,8 @@
 api.py          quant_matmul: which operand is in which format, forwards and backwards
 products.py     one product of two operands with plain XLA: integers, 8-bit floats, or scaled values
 scaled_dot.py   the same by XLA's own scaled product, for the formats that some chips multiply themselves
+mixed.py        weights in 4 bits, activations in 4 or 8, block by block
+mosaic_tpu.py   kernels for TPUs: int8 with int8, and weights in 4 bits
 reference.py    the same in NumPy: float64, and int64 where both are integers
 """
 
