@@ -4,9 +4,9 @@ products over the tensor axis, beside one device.
 Command:   python -m jaxpar.experiments.parity.matrix                       (8 fake devices, models llama, gpt2, gemma)
            python -m jaxpar.experiments.parity.matrix --devices 16 --models llama
            python -m jaxpar.experiments.parity.matrix --only "sequence=2"   (the case of this name, or all that have it in it)
-Expected:  about a quarter of a minute a case on two CPU cores, nearly all of it compiling: an hour for 8 devices. Every line
-           ends with ok; results/matrix_<devices>.json and .md are written after each case, and a case that stands there is
-           not run again. The exit code is 1 where one differs.
+Expected:  a quarter to half a minute a case on two CPU cores, nearly all of it compiling: one to two hours for 8 devices (229
+           cases), two for 16 (334). Every line ends with ok; results/matrix_<devices>.json and .md are written after each
+           case, and a case that stands there is not run again. The exit code is 1 where one differs.
 
 A case that cannot be (more stages than layers, heads that do not divide) is listed with the sentence that refuses it.
 """
