@@ -23,6 +23,8 @@ from jaxpar import host_memory  # noqa: E402
 
 host_memory.settle()
 
+import gc  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -40,3 +42,27 @@ def devices():
     found = jax.devices()
     assert len(found) == 8, f"the suite needs 8 fake CPU devices, found {len(found)}"
     return found
+
+
+MAPS = 25_000
+"""Each compiled CPU program keeps some memory maps, and Linux gives a process 65,530 (vm.max_map_count): behind that the
+compiler aborts. The suite compiles more programs than that in one process."""
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_dropped(request):
+    """Compiled programs are dropped now and then; those that are needed again come from the cache on disk."""
+    yield
+    session = request.session
+    session.jaxpar_tests = getattr(session, "jaxpar_tests", 0) + 1
+    if session.jaxpar_tests % 10 == 0 and _maps() > MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _maps() -> int:
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:  # not Linux
+        return 0

@@ -200,7 +200,11 @@ CASES = [
     Case("inspect: no model", "inspect --model {w}/nothing", ("nothing", "run's folder")),
     Case("inspect: too long", "inspect --model {w}/run --length 5000", ("5000", "context", "length")),
     Case("inspect: confidence", "inspect --model {w}/run --confidence 0.5 1.5", ("1.5", "(0, 1]", "confidence")),
-    Case("inspect: too little text", "inspect --model {w}/run --source {w}/text.txt", ("1 documents", "rows = 4")),
+    Case(
+        "inspect: too little text",
+        "inspect --model {w}/run --source {w}/text.txt --rows 900",
+        ("documents of more than", "rows = 900"),
+    ),
     Case("explain: stages", "explain tiny --mesh stage=4", ("4 pipeline stages", "2 layers")),
     Case("explain: heads by tensor", "explain tiny --heads 4 --mesh tensor=8", ("4", "8", "heads")),
     Case("explain: batch", "explain tiny --batch 6 --mesh data=4", ("6", "4", "batch")),
