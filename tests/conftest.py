@@ -44,7 +44,7 @@ def devices():
     return found
 
 
-MAPS = 25_000
+MAPS = 12_000
 """Each compiled CPU program keeps some memory maps, and Linux gives a process 65,530 (vm.max_map_count): behind that the
 compiler aborts. The suite compiles more programs than that in one process."""
 
