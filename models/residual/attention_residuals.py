@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxpar.models.lazy import jax, jnp
-from jaxpar.models.residual.base import Deltas, Stack, again, masked, number_of, seen, weighted
+from jaxpar.models.residual.base import Deltas, Stack, again, dot, masked, number_of, seen, weighted
 from jaxpar.models.spec import Constant, ParamSpec
 
 
@@ -71,7 +71,7 @@ class AttentionResiduals(Deltas):
         """How much a reader likes sources [..., D]: float32 [...]. Norm and product in one pass, in float32."""
         x = x.astype(jnp.float32)
         w_D = params["query"].astype(jnp.float32) * params["scale"].astype(jnp.float32)
-        return (x @ w_D) * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1) + self.epsilon)
+        return (x @ w_D) * jax.lax.rsqrt(dot(x, x) / x.shape[-1] + self.epsilon)
 
     def partial_softmax(self, params, slots_nxBxTxD, last):
         """Over the slots up to `last`: weighted sum, maximum and sum of exponentials, unnormalised."""

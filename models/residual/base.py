@@ -244,9 +244,35 @@ def masked(mask, weights_n, value=0.0):
 
 def weighted(weights, slots_nxBxTxD):
     """Σ_i weights_i · slots_i, summed in float32, in the slots' dtype. Weights: [n] or [n, B, T]."""
-    kind = "n,nbtd->btd" if weights.ndim == 1 else "nbt,nbtd->btd"
-    total = jnp.einsum(kind, weights.astype(slots_nxBxTxD.dtype), slots_nxBxTxD, preferred_element_type=jnp.float32)
-    return total.astype(slots_nxBxTxD.dtype)
+    if weights.ndim == 1:
+        total = jnp.einsum(
+            "n,nbtd->btd", weights.astype(slots_nxBxTxD.dtype), slots_nxBxTxD, preferred_element_type=jnp.float32
+        )
+        return total.astype(slots_nxBxTxD.dtype)
+    return _by_token(weights.astype(slots_nxBxTxD.dtype), slots_nxBxTxD)
+
+
+def _by_token(weights_nxBxT, slots_nxBxTxD):
+    """`weighted` with weights by token. As one product it is as many tiny ones as there are tokens, forwards and backwards, which
+    costs a CPU three times what these few passes over the slots do."""
+
+    @jax.custom_vjp
+    def run(weights, slots):
+        parts = (w[..., None].astype(jnp.float32) * x.astype(jnp.float32) for w, x in zip(weights, slots, strict=True))
+        return sum(parts).astype(slots.dtype)
+
+    def back(saved, g_BxTxD):
+        weights, slots = saved
+        d_weights = jnp.stack([dot(g_BxTxD, x) for x in slots]).astype(weights.dtype)
+        return d_weights, weights[..., None] * g_BxTxD[None]
+
+    run.defvjp(lambda weights, slots: (run(weights, slots), (weights, slots)), back)
+    return run(weights_nxBxT, slots_nxBxTxD)
+
+
+def dot(a, b):
+    """Σ a · b over the last dimension, float32 or better: what a CPU sums four times as fast as `(a * b).sum(-1)`."""
+    return jnp.einsum("...d,...d->...", a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def slot(slots, i):

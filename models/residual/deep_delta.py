@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxpar.models.lazy import jax, jnp
-from jaxpar.models.residual.base import DepthMixer
+from jaxpar.models.residual.base import DepthMixer, dot
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 
 KERNEL = 4
@@ -28,7 +28,7 @@ def delta(x_BxTxVxD, k_BxTxD, v_BxTxV, beta_BxT, *, erase: bool = True):
     """`X + β k (vᵀ - kᵀX)`, or `X + β k vᵀ` without erasing; products in float32, the sum in X's dtype."""
     k = k_BxTxD.astype(jnp.float32)
     if erase:
-        v_BxTxV = v_BxTxV - jnp.einsum("btd,btvd->btv", k, x_BxTxVxD.astype(jnp.float32))
+        v_BxTxV = v_BxTxV - dot(k[:, :, None], x_BxTxVxD.astype(jnp.float32))
     move_BxTxV = beta_BxT[..., None] * v_BxTxV
     return x_BxTxVxD + (move_BxTxV[..., None] * k[:, :, None]).astype(x_BxTxVxD.dtype)
 
@@ -36,7 +36,7 @@ def delta(x_BxTxVxD, k_BxTxD, v_BxTxV, beta_BxT, *, erase: bool = True):
 def direction(y_BxTxD, epsilon: float):
     """`y / sqrt(|y|² + ε²)`, float32: shorter than 1 where |y| is not far above ε."""
     y = y_BxTxD.astype(jnp.float32)
-    return y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + epsilon**2)
+    return y * jax.lax.rsqrt(dot(y, y)[..., None] + epsilon**2)
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,23 @@ class DeepDelta(DepthMixer):
         x_BxTxD = self.compressed(params, state)
         p = jax.tree.map(lambda w: w.astype(jnp.float32), params[site])
         x = x_BxTxD.astype(jnp.float32)
-        normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-        beta_BxT = 2 * jax.nn.sigmoid(normed @ p["gate"]["weight"] + p["gate"]["bias"])
+        # Products with RMSNorm(x) are products with x, scaled: the norm itself need not exist.
+        scale_BxT = jax.lax.rsqrt(dot(x, x) / x.shape[-1] + 1e-6)
+        beta_BxT = 2 * jax.nn.sigmoid((x @ p["gate"]["weight"]) * scale_BxT + p["gate"]["bias"])
         if self.value == "constant":
             v_BxTxV = jnp.full((*beta_BxT.shape, self.channels), 2.0)
         else:
             linear = self.value == "linear"
-            v_BxTxV = (normed if linear else x) @ p["value"]["weight"] + p["value"]["bias"][None, None]
+            v_BxTxV = (
+                x @ p["value"]["weight"] * (scale_BxT[..., None] if linear else 1.0) + p["value"]["bias"][None, None]
+            )
             v_BxTxV = v_BxTxV if linear else 4 * jax.nn.sigmoid(v_BxTxV)
         return x_BxTxD, (v_BxTxV, beta_BxT)
 
     def write(self, cfg, params, state, told, y_BxTxD, layer, site):
-        return delta(state, direction(y_BxTxD, self.epsilon), *told, erase=self.update == "delta")
+        run = lambda state, y, told: delta(state, direction(y, self.epsilon), *told, erase=self.update == "delta")
+        # Directions and products are computed again in the backward pass: the stream and the branch's output are all it keeps.
+        return jax.checkpoint(run, prevent_cse=False)(state, y_BxTxD, told)
 
     def final(self, cfg, params, state):
         return self.compressed(params, state)
