@@ -71,7 +71,9 @@ class AttentionResiduals(Deltas):
         """How much a reader likes sources [..., D]: float32 [...]. Norm and product in one pass, in float32."""
         x = x.astype(jnp.float32)
         w_D = params["query"].astype(jnp.float32) * params["scale"].astype(jnp.float32)
-        return (x @ w_D) * jax.lax.rsqrt(dot(x, x) / x.shape[-1] + self.epsilon)
+        return jnp.dot(x, w_D, precision=jax.lax.Precision.HIGHEST) * jax.lax.rsqrt(
+            dot(x, x) / x.shape[-1] + self.epsilon
+        )
 
     def partial_softmax(self, params, slots_nxBxTxD, last):
         """Over the slots up to `last`: weighted sum, maximum and sum of exponentials, unnormalised."""

@@ -131,16 +131,16 @@ class DeepDelta(DepthMixer):
         x_BxTxD = self.compressed(params, state)
         p = jax.tree.map(lambda w: w.astype(jnp.float32), params[site])
         x = x_BxTxD.astype(jnp.float32)
+        product = lambda w: jnp.dot(x, w, precision=jax.lax.Precision.HIGHEST)
         # Products with RMSNorm(x) are products with x, scaled: the norm itself need not exist.
         scale_BxT = jax.lax.rsqrt(dot(x, x) / x.shape[-1] + 1e-6)
-        beta_BxT = 2 * jax.nn.sigmoid((x @ p["gate"]["weight"]) * scale_BxT + p["gate"]["bias"])
+        beta_BxT = 2 * jax.nn.sigmoid(product(p["gate"]["weight"]) * scale_BxT + p["gate"]["bias"])
         if self.value == "constant":
             v_BxTxV = jnp.full((*beta_BxT.shape, self.channels), 2.0)
         else:
             linear = self.value == "linear"
-            v_BxTxV = (
-                x @ p["value"]["weight"] * (scale_BxT[..., None] if linear else 1.0) + p["value"]["bias"][None, None]
-            )
+            v_BxTxV = product(p["value"]["weight"])
+            v_BxTxV = (v_BxTxV * scale_BxT[..., None] if linear else v_BxTxV) + p["value"]["bias"][None, None]
             v_BxTxV = v_BxTxV if linear else 4 * jax.nn.sigmoid(v_BxTxV)
         return x_BxTxD, (v_BxTxV, beta_BxT)
 
