@@ -48,7 +48,7 @@ Depth = EveryToken | MixtureOfDepths
 
 Remat = Literal["none", "full", "dots"]
 Dtype = Literal["float32", "bfloat16"]
-AttentionImplementation = Literal["xla", "cudnn", "mosaic_tpu"]
+AttentionImplementation = Literal["xla", "mosaic_gpu", "cudnn", "mosaic_tpu"]
 
 
 @dataclass(frozen=True)

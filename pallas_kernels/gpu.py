@@ -93,11 +93,12 @@ def mma(total, a, b, *, transposed=False, interpret=False, meanwhile: Callable |
       total: float32 (int32 for int8) [M, N] in registers, M a multiple of 64, or its shape: then nothing is added to.
       a: [M, K], a reference to shared memory, or an array in registers.
       b: [K, N], a reference to shared memory; `transposed`: [N, K].
-      interpret: the interpreter has no such instruction with an operand in registers: multiply the same tiles by a dot.
+      interpret: the interpreter has no such instruction with an operand or a sum in registers: a dot of the same tiles
+        instead.
       meanwhile: called when the product is under way.
     """
     meanwhile = meanwhile or (lambda: None)
-    if interpret:
+    if interpret and (isinstance(a, jax.Array) or not isinstance(total, tuple)):
         meanwhile()
         left = a if isinstance(a, jax.Array) else a[...]
         kind = jnp.int32 if jnp.issubdtype(left.dtype, jnp.integer) else jnp.float32

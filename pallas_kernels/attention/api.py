@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxpar.pallas_kernels.attention import cudnn, mosaic_tpu
+from jaxpar.pallas_kernels.attention import cudnn, mosaic_gpu, mosaic_tpu
 from jaxpar.pallas_kernels.attention.differentiable import ByPlatform, attend
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
 from jaxpar.pallas_kernels.attention.xla import xla_plan
@@ -14,8 +14,11 @@ CUDNN = Implementation("cudnn", cudnn.attention_cudnn, cudnn.misfit, platform="c
 MOSAIC_TPU = Implementation(
     "mosaic_tpu", mosaic_tpu.plan, mosaic_tpu.misfit, unwise=mosaic_tpu.unwise, platform="tpu", kernel=True
 )
+MOSAIC_GPU = Implementation(
+    "mosaic_gpu", mosaic_gpu.plan, mosaic_gpu.misfit, unwise=mosaic_gpu.unwise, platform="cuda", kernel=True
+)
 XLA = Implementation("xla", xla_plan)
-ATTENTION = Op("attention", (MOSAIC_TPU, CUDNN, XLA))
+ATTENTION = Op("attention", (MOSAIC_TPU, CUDNN, MOSAIC_GPU, XLA))
 """The implementations of `attention`, best first. `run` gives the plan of a call; only cuDNN's has a gradient of its own."""
 IMPLEMENTATIONS = ATTENTION.names
 """What `implementation` may name."""
@@ -50,8 +53,9 @@ def attention(
       lse_out: also return the log-sum-exp of each query's logits, with which partial results over parts of the keys
         are merged. It is differentiable.
       implementation: "xla" (plain XLA, blocks of queries), "cudnn" (bfloat16 and float16 on NVIDIA GPUs), "mosaic_tpu"
-        (flash attention on TPUs), or None: for each platform that the call may be lowered for, its own where it can do
-        the call, else "xla".
+        (flash attention on TPUs), "mosaic_gpu" (flash attention on Hopper GPUs, in bfloat16 and float16, for what cuDNN
+        cannot do too; never run on a chip yet), or None: for each platform that the call may be lowered for, its own
+        where it can do the call and is known to be worth it ("mosaic_gpu" is not yet), else "xla".
         `explain(ATTENTION, q, k, v, mask=...)` says which and why.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 

@@ -203,7 +203,7 @@ def test_bad_calls_are_one_sentence():
     for bad, words in [
         (
             lambda: call(implementation="flash"),
-            "unknown attention implementation 'flash'; choose one of 'xla', 'cudnn'",
+            "unknown attention implementation 'flash'; choose one of 'xla', 'mosaic_gpu', 'cudnn'",
         ),
         (lambda: call(implementation="cudnn"), "takes bfloat16 or float16, got float32"),
         (lambda: call(q=q[:, :, :3]), "3 query heads must be a multiple of the 2"),
