@@ -83,7 +83,8 @@ class ModelConfig:
       attention_scale: multiplies the logits. None: `head_size ** -0.5`.
       attention_cap, logit_cap: soft caps `c·tanh(x/c)` of attention and output logits. None: no cap.
       attention_implementation: what computes attention in training and evaluation, as `jaxpar.pallas_kernels.attention`
-        names it; a run that it cannot do does not start. None: the best that fits, as always in generation with a cache.
+        names it; a run that it cannot do does not start. None: the best that fits. In generation "xla" is that, and any
+        other name as None.
       tied_embeddings: the output projection is the embedding's transpose.
       embedding_scale: multiplies embeddings (Gemma: sqrt(width)). None: 1.
       init_std: standard deviation of initial weights; output projections are scaled by 1/sqrt(2·layers) (GPT-2).

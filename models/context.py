@@ -17,6 +17,7 @@ from jaxpar.models.routing.record import Skip
 from jaxpar.models.shards import Whole, cut
 from jaxpar.models.steering import Steering
 from jaxpar.pallas_kernels.attention import attention
+from jaxpar.pallas_kernels.decode import decode_attention
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 from jaxpar.pallas_kernels.matmul import quant_matmul
 
@@ -71,6 +72,7 @@ class Ops:
 
     Attributes:
       attention: as `jaxpar.pallas_kernels.attention.attention`.
+      decode: as `jaxpar.pallas_kernels.decode.decode_attention`, of few tokens with a cache.
       matmul: `(x, w, contract=1) -> y` of layers, see `matmul` above.
       constrain: `(x, logical axes) -> x`, says how an activation is spread. The model names logical axes only, never a
         mesh.
@@ -79,6 +81,7 @@ class Ops:
     """
 
     attention: Callable = attention
+    decode: Callable = decode_attention
     matmul: Callable = matmul
     constrain: Callable = unconstrained
     shards: Whole = Whole()

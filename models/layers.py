@@ -17,6 +17,7 @@ from jaxpar.models.residual.base import Streams
 from jaxpar.models.routing import skip
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 from jaxpar.pallas_kernels.attention import ATTENTION_LSE, ATTENTION_OUT, MaskSpec
+from jaxpar.pallas_kernels.decode import MOST_QUERIES
 
 Tree = Any
 FULL = 2**30
@@ -144,6 +145,10 @@ def attention_branch(
             y = cfg.norm(params[f"{name}_norm"], y)
         return ops.constrain(y, ("batch", "length", axis, "head_size"))
 
+    def projected(out):
+        y = ops.row(out, params["out"]["kernel"], contract=2)
+        return y + params["out"]["bias"].astype(y.dtype)[None, None] if "bias" in params["out"] else y
+
     axes = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
     if keys_only:
         del axes["query"]
@@ -158,6 +163,7 @@ def attention_branch(
         q, k = [rotate(x, cos, sin) for x in q], rotate(k, cos, sin)
 
     window = None if tables.windows is None else _pick(tables.windows, kind)
+    call = dict(scale=cfg.scale, cap=cfg.attention_cap, implementation=cfg.attention_implementation)
     if isinstance(window, int) and window >= FULL:
         window = None
     if pages is None or pages.k is None:
@@ -169,6 +175,12 @@ def attention_branch(
             mask = mask.replace(q_index=index_BxT, k_index=jnp.where(ctx.present, index_BxT, FULL))
     else:
         pages = cached(pages, k, v, ctx, i, tables.slots)
+        # A cache's rows have indices of their own, which not every implementation takes.
+        call["implementation"] = "xla" if cfg.attention_implementation == "xla" else None
+        if pages.there is None and k.shape[1] <= MOST_QUERIES and not keys_only:
+            lens_B = tables.slots[:, -1] + 1
+            out = ops.decode(q[0], pages.k, pages.v, lens_B, window=window, layer=i, **call)
+            return projected(out), pages
         k, v = (kv.read(page, i, k.dtype) for page in (pages.k, pages.v))
         index_BxS = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
         if pages.there is not None:
@@ -179,13 +191,7 @@ def attention_branch(
         return None, pages
 
     (q,) = q
-    # A cache's rows have indices of their own, which not every implementation takes.
-    named = cfg.attention_implementation if pages is None else None
-    out = ops.attention(q, k, v, mask=mask, scale=cfg.scale, cap=cfg.attention_cap, implementation=named)
-    y = ops.row(out, params["out"]["kernel"], contract=2)
-    if "bias" in params["out"]:
-        y = y + params["out"]["bias"].astype(y.dtype)[None, None]
-    return y, pages
+    return projected(ops.attention(q, k, v, mask=mask, **call)), pages
 
 
 def cached(pages: kv.Pages, k, v, ctx: Context, i, slots_BxT) -> kv.Pages:

@@ -1,0 +1,63 @@
+"""The decoding kernel inside of the model, in Pallas' interpreter: a cache in 4 bits, layers that slide and layers that do not
+in one loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpar.models import cache as kv
+from jaxpar.models import decoder
+from jaxpar.models.config import ModelConfig
+from jaxpar.models.context import Context, Ops
+from jaxpar.pallas_kernels import versions
+from jaxpar.pallas_kernels.decode import decode_attention
+
+CFG = ModelConfig(
+    vocabulary=16,
+    layers=2,
+    width=32,
+    heads=2,
+    kv_heads=1,
+    head_size=32,
+    hidden=16,
+    context=32,
+    window=3,
+    window_pattern=(True, False),
+)
+TOKENS = np.arange(16, dtype=np.int32).reshape(2, 8) * 7 % 16
+
+
+def interpreted(*arrays, **call):
+    return decode_attention(*arrays, **(call | {"implementation": "mosaic_tpu", "interpret": True}))
+
+
+def test_decoding_in_steps_is_that_of_plain_xla():
+    params = decoder.init(CFG, jax.random.key(0))
+
+    def run(ops):
+        cache, counts = kv.empty(CFG, 2, 20, form="int4_g32"), (jnp.array([5, 3]), jnp.array([2, 3]))
+        found = []
+        for tokens, count in zip((TOKENS[:, :5], TOKENS[:, 5:]), counts, strict=True):
+            logits, cache, _ = decoder.advance(CFG, params, tokens, Context(cache=cache, ops=ops), count)
+            found.append(jnp.where(jnp.arange(tokens.shape[1])[None, :, None] < count[:, None, None], logits, 0))
+        return found
+
+    for a, b in zip(*jax.jit(lambda: (run(Ops(decode=interpreted)), run(Ops())))(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_program_for_a_tpu_decodes_with_it_and_prefills_a_long_prompt_without(monkeypatch):
+    monkeypatch.setattr(versions, "platforms", lambda: ("tpu",))
+    monkeypatch.setattr(versions, "split_by_compiler", lambda: False)
+    params = jax.eval_shape(lambda: decoder.init(CFG, jax.random.key(0)))
+
+    def kernels(T, name=None):
+        cfg = CFG.replace(attention_implementation=name)
+        cache = jax.eval_shape(lambda: kv.empty(cfg, 2, 20))
+        tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
+        run = lambda params, tokens, cache: decoder.advance(cfg, params, tokens, Context(cache=cache))[0]
+        lowered = jax.jit(run).trace(params, tokens, cache).lower(lowering_platforms=("tpu",))
+        return lowered.as_text().count("@tpu_custom_call")
+
+    assert kernels(1) > 0
+    assert kernels(1, "xla") == kernels(17) == 0
