@@ -33,6 +33,13 @@ def interpreter(interpret):
     return plgpu.InterpretGPUParams() if interpret is True else interpret
 
 
+def reset_interpreter() -> None:
+    """Forget what the interpreter was doing when it raised an error; it would wait for it for ever."""
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+
+    reset_gpu_interpret_mode_state()
+
+
 def kernel(
     body: Callable,
     outs,

@@ -1,14 +1,18 @@
-"""One-line breakages of the TPU attention kernels: the comparison with float64 sees every one of them."""
+"""One-line breakages of the attention kernels for TPUs and for Hopper GPUs: the comparison with float64 sees every one of
+them, or the interpreter's race detector does."""
 
 import sys
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxpar.pallas_kernels.attention import MaskSpec, labels, mosaic_tpu, tpu_kernels
+from jaxpar.pallas_kernels import gpu
+from jaxpar.pallas_kernels.attention import MaskSpec, gpu_kernels, labels, mosaic_gpu, mosaic_tpu, tpu_kernels
 from jaxpar.pallas_kernels.attention.block import dropped
 from tests.pallas_kernels.attention_cases import draw, errors, float64, seen_by
 
@@ -104,3 +108,83 @@ def test_mutants_are_killed(problem, number, monkeypatch):
     if module is labels:
         calls.labels, calls.kinds = made.labels, made.kinds
     assert not right(calls, problem, names), f"{old!r} -> {new!r} makes no difference"
+
+
+GPU_SHAPE, GPU_STARTS = (1, 128, 256, 2, 1, 16), (200, 0)
+GPU_MUTANTS = (
+    (gpu_kernels, FORWARD, "sums = sums * wide(shrink, settings.size)", "sums = sums"),
+    (gpu_kernels, FORWARD, "jnp.where(top == -jnp.inf, 0.0, top)", "top"),
+    (gpu_kernels, FORWARD, "jnp.log(share) + top * LOG2", "jnp.log(share) + top"),
+    (gpu_kernels, FORWARD, "pl.ds((x.first + n) * settings.columns", "pl.ds(n * settings.columns"),
+    (gpu_kernels, FORWARD, "(first <= j) & (j <= last)", "j <= last"),
+    (gpu_kernels, FORWARD, "        plgpu.commit_smem()\n        q, k", "        q, k"),
+    (gpu_kernels, FORWARD, "pl.when(step >= settings.stages)", "pl.when(step > settings.stages)"),
+    (mosaic_gpu, FORWARD, 'q_high["index"] - k_low["index"] <', 'q_low["index"] - k_low["index"] <'),
+    (gpu_kernels, BACKWARD, "1 - bent * bent", "1 - bent"),
+    (gpu_kernels, BACKWARD, "x.head * settings.shared + lax.div(n, x.steps)", "x.head * settings.shared"),
+    (gpu_kernels, BACKWARD, "d_weights - wide(drop)", "d_weights"),
+    (mosaic_gpu, BACKWARD, "jnp.swapaxes(clear, 1, 2)", "clear.reshape(1, 2, 2)"),
+)
+GPU_LIMITS = {"out": 1e-3, "lse": 3e-6, "dq": 2e-3, "dk": 2e-3, "dv": 2e-3}
+interpreted = pytest.mark.skipif(
+    not gpu.MAY_INTERPRET, reason=f"JAX interprets Mosaic GPU kernels from 0.11 on, this is {jax.__version__}"
+)
+
+
+@pytest.fixture(scope="module")
+def gpu_problem():
+    """Of the key steps of 64 the first is another document, the next holds two, the third is out of some queries' windows
+    and not of others', and in the last all is seen."""
+    given = [x.astype(np.float16).astype(np.float32) for x in draw(0, *GPU_SHAPE)]
+    B, T, S = GPU_SHAPE[:3]
+    k_segments = np.repeat([[1, 2]], [100, S - 100], axis=1).astype(np.int32)
+    mask = MaskSpec(causal=False, window=180, q_segments=np.full((B, T), 2, np.int32), k_segments=k_segments)
+    seen = seen_by(mask, B, T, S, *GPU_STARTS)
+    return given, mask, dict(zip(FORWARD + BACKWARD, float64(*given, seen, SCALE, CAP), strict=True))
+
+
+def right_on_gpu(calls, gpu_problem, names) -> bool:
+    """As `right`; kernels that the race detector stops are not."""
+    given, mask, truth = gpu_problem
+    q, k, v, d_out = (jnp.asarray(x, jnp.float16) for x in given[:4])
+    tiles, careful = calls.AttentionTiles(64, 64, 64), plgpu.InterpretGPUParams(detect_races=True)
+    plan = calls.plan(q, k, v, mask=mask, scale=SCALE, cap=CAP, tiles=tiles, interpret=careful)
+    try:
+        if names == FORWARD:
+            found = jax.jit(lambda *x: plan.forward(*x, mask, GPU_STARTS))(q, k, v)
+        else:
+            out, lse = (jnp.asarray(truth[name], jnp.float32) for name in FORWARD)
+            drop = dropped(out, jnp.asarray(given[3]), jnp.asarray(given[4]))
+            found = jax.jit(lambda *x: plan.backward(*x[:3], mask, GPU_STARTS, *x[3:]))(q, k, v, lse, drop, d_out)
+        found = [np.asarray(x) for x in found]
+    except jax.errors.JaxRuntimeError as error:
+        if "RACE DETECTED" not in str(error):
+            raise
+        # What the interpreter stopped in the middle of.
+        gpu.reset_interpreter()
+        return False
+    try:
+        return all(errors(a, truth[name])[0] < GPU_LIMITS[name] for name, a in zip(names, found, strict=True))
+    except AssertionError:
+        return False
+
+
+@interpreted
+@pytest.mark.quick
+@pytest.mark.parametrize("names", [FORWARD, BACKWARD])
+def test_unbroken_gpu_kernels_are_right(gpu_problem, names):
+    assert right_on_gpu(mosaic_gpu, gpu_problem, names)
+
+
+@interpreted
+@pytest.mark.quick
+@pytest.mark.parametrize("number", range(len(GPU_MUTANTS)))
+def test_gpu_mutants_are_killed(gpu_problem, number, monkeypatch):
+    module, names, old, new = GPU_MUTANTS[number]
+    source = Path(module.__file__).read_text()
+    assert old in source, f"{module.__name__} has no {old!r} any more"
+    made = load(module, source.replace(old, new), monkeypatch)
+    calls = made if module is mosaic_gpu else load(mosaic_gpu, Path(mosaic_gpu.__file__).read_text(), monkeypatch)
+    if module is gpu_kernels:
+        calls.gpu_kernels = made
+    assert not right_on_gpu(calls, gpu_problem, names), f"{old!r} -> {new!r} makes no difference"

@@ -1,0 +1,91 @@
+"""The Hopper attention kernels compiled for an H200, on a machine without one. `.ci/aot` runs this where the compiler is."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pallas_kernels import cuda_target
+from tests.processes import start
+
+CALLS = ((64, "float16", True), (128, "bfloat16", True), (128, "bfloat16", False))
+"""Head size, dtype, and whether the call has all that a mask has and a soft cap, or is causal only: each row of the block
+table, at its largest."""
+QUERIES, HEADS = 4096, 8
+
+
+def compiled() -> list[dict]:
+    """Forward and backward of each call: what the compiler says of each kernel, and how much memory the program takes."""
+    import jax
+
+    from jaxpar.pallas_kernels.attention import MaskSpec, attention
+
+    def both(full, q, k, v, d_out, d_lse, segments, window):
+        mask = MaskSpec(window=window, q_segments=segments, k_segments=segments) if full else MaskSpec()
+        cap = 20.0 if full else None
+        call = lambda q, k, v: attention(
+            q, k, v, mask=mask, scale=0.1, cap=cap, lse_out=True, implementation="mosaic_gpu"
+        )
+        outs, back = jax.vjp(call, q, k, v)
+        return *outs, *back((d_out, d_lse))
+
+    found = []
+    for size, dtype, full in CALLS:
+        q, k = (jax.ShapeDtypeStruct((1, QUERIES, heads, size), dtype) for heads in (HEADS, HEADS // 4))
+        more = ((1, HEADS, QUERIES), "float32"), ((1, QUERIES), "int32"), ((), "int32")
+        program = cuda_target.compiled(
+            lambda *x, full=full: both(full, *x), q, k, k, q, *(jax.ShapeDtypeStruct(*each) for each in more)
+        )
+        kernels = {
+            one.name: {
+                "target": one.target,
+                "products": sorted(one.products),
+                "copies": one.ptx.count("cp.async.bulk.tensor"),
+                "registers": one.registers,
+                "spills": one.spills,
+                "shared": one.shared,
+            }
+            for one in program.kernels
+        }
+        found.append({"size": size, "dtype": dtype, "full": full, "kernels": kernels, "temp": program.temp_bytes})
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    file = tmp_path_factory.mktemp("aot") / "found.json"
+    run = start(["-m", "tests.pallas_kernels.test_attention_cuda_aot", str(file)], **cuda_target.environment())
+    assert run.wait(600) == 0, run.output
+    return json.loads(file.read_text())
+
+
+@cuda_target.needs_compiler
+def test_every_row_of_the_table_compiles_without_spills_and_holds_no_logits(found):
+    assert tuple((row["size"], row["dtype"], row["full"]) for row in found) == CALLS
+    for row in found:
+        size, short = row["size"], {"bfloat16": "bf16", "float16": "f16"}[row["dtype"]]
+        forward, backward_q, backward_k = (
+            next(one for name, one in row["kernels"].items() if name.startswith(f"attention_{kernel}"))
+            for kernel in ("forward", "backward_q", "backward_k")
+        )
+        assert len(row["kernels"]) == 3
+        product = lambda columns, short=short: f"m64n{columns}k16.f32.{short}.{short}"
+        # Logits of 64 queries and the table's keys, and sums over the head size.
+        assert forward["products"] == sorted({product(128), product(size)})
+        assert backward_q["products"] == backward_k["products"] == sorted({product(64), product(size)})
+        for kernel in row["kernels"].values():
+            assert kernel["target"] == "sm_90a"
+            assert kernel["copies"] > 0
+            assert kernel["spills"] == 0, row
+            # At the launch every thread of three warpgroups has as many as there are.
+            assert kernel["registers"] == 168
+            assert kernel["shared"] <= cuda_target.SHARED_BYTES
+        # Beside its arguments and results the program has a few numbers a query: no array of queries by keys, of however
+        # few bits.
+        assert row["temp"] < 32 * HEADS * QUERIES < math.prod((HEADS, QUERIES, QUERIES)) / 8, row
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(compiled()))
