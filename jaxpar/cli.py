@@ -1,4 +1,4 @@
-"""`jaxpar train | generate | explain | schedule | plan | formats | inspect | convert | tokenizer | doctor`.
+"""`jaxpar train | generate | explain | schedule | plan | formats | tune | inspect | convert | tokenizer | doctor`.
 
 Each command's options are the fields of a dataclass (`jaxpar.options`), and its work is done elsewhere. Nothing heavy is
 imported before it is known that it is needed: `jaxpar --help` does not import JAX.
@@ -65,6 +65,12 @@ def _formats(argv: list[str]) -> int | None:
     return main(argv)
 
 
+def _tune(argv: list[str]) -> int | None:
+    from jaxpar.commands.tune import main
+
+    return main(argv)
+
+
 def _inspect(argv: list[str]) -> int | None:
     from jaxpar.commands.inspect import main
 
@@ -98,6 +104,7 @@ COMMANDS = {
     "schedule": Command("show a pipeline schedule, its bubble and its memory, and compare schedules", _schedule),
     "plan": Command("plan SkipPipe's paths over machines with unlike links, against whole pipelines", _plan),
     "formats": Command("show number formats of few bits, and what they lose by formula and measured", _formats),
+    "tune": Command("find the fastest block sizes of an op's kernels, and keep them", _tune),
     "inspect": Command("look into a model: what each layer reads, gives and knows", _inspect),
     "convert": Command("write a run's model, or a GGUF file, as a Hugging Face folder", _convert),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer),

@@ -1,4 +1,4 @@
-"""Block sizes from a table: the first row that fits a chip and a shape is taken.
+"""Block sizes from a table: the first row that fits a chip and a shape is taken, unless the tuning cache has an entry.
 
 A table belongs to an op and lists its rows from special to general; its last row fits everything. What a row holds is the
 op's own (a frozen dataclass of block sizes).
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from jaxpar.pallas_kernels.tuning import cache
 
 CHIPS = (
     ("TPU v5 lite", "v5e"),
@@ -46,15 +48,26 @@ class Row:
     most: tuple[tuple[str, int], ...] = ()
 
 
-def look_up(table: Iterable[Row], device_kind: str | None, **sizes: int):
-    """The tiles of the first row that fits.
+def look_up(
+    table: Iterable[Row], device_kind: str | None, *, op: tuple[str, str] | None = None, dtype=None, **sizes: int
+):
+    """The tiles that the tuning cache has for this, else those of the first row that fits.
 
     Args:
       device_kind: as JAX names it; None where it is not known.
-      sizes: the sizes of the dimensions that the table's rows name.
+      op: the op and the implementation, by which the cache knows them; None: the table only.
+      dtype: of the operands, or a name for those of several; the cache's entries are of one.
+      sizes: the sizes of the dimensions that the table's rows and the cache's entries name.
+
+    Raises:
+      ValueError: no row fits; a cache that cannot be used (see `tuning.cache.find`).
     """
-    short = chip(device_kind)
-    for row in table:
+    short, rows = chip(device_kind), tuple(table)
+    if op is not None:
+        found = cache.find(*op, short, dtype, sizes, type(rows[0].tiles))
+        if found is not None:
+            return found
+    for row in rows:
         if row.chips is not None and short not in row.chips:
             continue
         if all(sizes[name] <= size for name, size in row.most):

@@ -80,7 +80,8 @@ def plan(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, inte
       tiles: as they are, instead of those of the table.
     """
     if tiles is None:
-        row = look_up(TABLE, versions.device_kind("tpu"), head_size=q.shape[3])
+        sizes = dict(head_size=q.shape[3], queries=q.shape[1], keys=k.shape[1])
+        row = look_up(TABLE, versions.device_kind("tpu"), op=("attention", "mosaic_tpu"), dtype=q.dtype, **sizes)
         tiles = row.fit(q.shape[1], k.shape[1])
     counted = mask.causal and mask.q_index is None and mask.k_index is None and isinstance(mask.window, int)
     return FlashPlan(scale, cap, tiles, mask.window if counted else None, interpret)

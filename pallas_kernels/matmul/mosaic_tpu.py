@@ -89,7 +89,10 @@ def product_mosaic_tpu(a, b: Quantised, dtype, *, interpret=False, tiles: Matmul
       tiles: instead of those of the table.
     """
     M, (K, N) = a.shape[0], b.shape
-    tiles = look_up(TABLE, versions.device_kind("tpu"), rows=M) if tiles is None else tiles
+    if tiles is None:
+        sizes = dict(rows=M, columns=N, sums=K)
+        op = "quant_matmul", "mosaic_tpu"
+        tiles = look_up(TABLE, versions.device_kind("tpu"), op=op, dtype=operands_name(a, b, dtype), **sizes)
     rows = min(_up(tiles.rows, ROWS), _up(M, ROWS))
     padded = lambda x: jnp.pad(x, ((0, _up(M, rows) - M), (0, 0)))
     # Blocks of K are whole groups; even and odd channels are half of one each, in whole lanes.
@@ -103,6 +106,11 @@ def product_mosaic_tpu(a, b: Quantised, dtype, *, interpret=False, tiles: Matmul
     # Even channels, odd channels: what the low and the high halves of the codes are multiplied with.
     even, odd = (padded(a.astype(dtype).reshape(M, K // 2, 2)[:, :, i]) for i in (0, 1))
     return run((even, odd), jax.lax.bitcast_convert_type(b.codes, jnp.int8), None, b.scales)[:M]
+
+
+def operands_name(a, b: Quantised, dtype) -> str:
+    """How the tuning cache names the dtype of a product: "int8_row x int8_row", "bfloat16 x int4_g128"."""
+    return f"{a.format.name if isinstance(a, Quantised) else jnp.dtype(dtype).name} x {b.format.name}"
 
 
 def _up(size: int, step: int) -> int:

@@ -114,6 +114,9 @@ CASES = [
     # number formats
     Case("unknown number format", "{train} --quantise mxfp9", ("'mxfp9'", "did you mean mxfp")),
     Case("blocks that do not divide", "{train} --quantise mxfp8 --hidden 80", ("model.hidden = 80", "64 or 96")),
+    Case("unknown op to tune", "tune atention", ("'atention'", "did you mean attention")),
+    Case("no chip to tune for", "tune quant_matmul", ("on a TPU", "--topology v5e:2x2")),
+    Case("rounds without a median", "tune --rounds 1", ("rounds = 1", "at least 3")),
     Case("bits that there are not", GENERATE + "run --quantise w5a16", ("'w5a16'", "w8a16", "kv4")),
     Case(
         "one row in two halves",

@@ -22,6 +22,7 @@ from jaxpar.parallel.topology import installed
 from jaxpar.presets import DEFAULT, PRESETS, tiny
 from jaxpar.report.finish import same
 from jaxpar.report.writers import read_lines
+from jaxpar.tuning import TuneConfig
 from tests.processes import start
 
 STEPS = 6
@@ -95,6 +96,7 @@ def test_the_version(capsys):
         ("schedule", ScheduleConfig(), ("devices along the pipeline", "or a .csv file of tasks")),
         ("plan", PlanConfig(), ("pieces of the model", "or a .toml or .csv file")),
         ("formats", FormatsConfig(), ("for each measurement", "mxint8-asymmetric")),
+        ("tune", TuneConfig(), ("quant_matmul", "tokens in a row", "JAXPAR_TUNE_CACHE")),
         ("inspect", InspectConfig(), ("tokens of a row", "probability less the second")),
         ("convert", ConvertConfig(), ("new, or empty", "dtype")),
         ("tokenizer", TokenizerConfig(), ("number of token ids",)),
