@@ -1,6 +1,6 @@
 """The residual stream over depth, every operator on the same text: at equal tokens, and at equal FLOPs.
 
-Command:   python -m jaxpar.experiments.adaptive.depth_family                 (12 layers, 600 steps, 3 seeds)
+Command:   python -m jaxpar.experiments.adaptive.depth_family                 (8 layers, 400 steps, 3 seeds)
            python -m jaxpar.experiments.adaptive.depth_family --layers 16 --width 256 --steps 20000 --rows 64 --length 512   (on a GPU)
            python -m jaxpar.experiments.adaptive.depth_family --only plain delta       (operators whose name has one of these in it)
 Expected:  see the results table; results/depth_family.json, .md and .png, written after each operator.
@@ -146,11 +146,11 @@ def plot(found: dict, file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=48, help="a multiple of 4")
     parser.add_argument("--length", type=int, default=64, help="tokens of a row")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=600, help="a multiple of 20")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=400, help="a multiple of 20")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
