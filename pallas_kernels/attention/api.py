@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxpar.pallas_kernels.attention import cudnn, mosaic_gpu, mosaic_tpu
 from jaxpar.pallas_kernels.attention.differentiable import ByPlatform, attend
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
+from jaxpar.pallas_kernels.attention.sinks import check_sinks, with_sinks
 from jaxpar.pallas_kernels.attention.xla import xla_plan
 from jaxpar.pallas_kernels.dispatch import Choice, Implementation, Op
 
@@ -34,6 +35,7 @@ def attention(
     cap: float | None = None,
     q_start=0,
     k_start=0,
+    sinks_H=None,
     lse_out: bool = False,
     implementation: str | None = None,
     interpret=False,
@@ -50,6 +52,7 @@ def attention(
       cap: soft cap `cap·tanh(logits / cap)`, before the mask.
       q_start, k_start: the index of query 0 and of key 0 (int or int32 scalar, may be traced), so that a block of a
         longer sequence is masked as it is there.
+      sinks_H: float, a logit for each head that takes part in its softmax and has no value (see `sinks`). Differentiable.
       lse_out: also return the log-sum-exp of each query's logits, with which partial results over parts of the keys
         are merged. It is differentiable.
       implementation: "xla" (plain XLA, blocks of queries), "cudnn" (bfloat16 and float16 on NVIDIA GPUs), "mosaic_tpu"
@@ -66,20 +69,25 @@ def attention(
       ValueError: shapes that do not fit, an unknown implementation, or a named one that cannot do this call.
     """
     _check_shapes(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, cap)
+    check_sinks("attention", sinks_H, q_BxTxHxK.shape[2])
     mask.check(q_BxTxHxK.shape[0], q_BxTxHxK.shape[1], k_BxSxGxK.shape[1])
     arrays = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
     call = dict(mask=mask, scale=scale, cap=cap, q_start=q_start, k_start=k_start)
-    choice = ATTENTION.choose(implementation, *arrays, interpret=interpret, lse_out=lse_out, **call)
+    with_lse = lse_out or sinks_H is not None
+    choice = ATTENTION.choose(implementation, *arrays, interpret=interpret, lse_out=with_lse, **call)
 
     def planned(choice: Choice):
         def run(q, k, v):
             plans = tuple((one.name, _plan(one, interpret, q, k, v, **call)) for one in choice.all)
             plan = ByPlatform(choice, plans) if choice.special else plans[0][1]
             out, lse = attend(plan, q, k, v, mask, (q_start, k_start))
-            return (out, lse) if lse_out else out
+            return (out, lse) if with_lse else out
 
         return run
 
+    if sinks_H is not None:
+        out, lse = with_sinks(*planned(choice)(*arrays), sinks_H)
+        return (out, lse) if lse_out else out
     if CUDNN not in choice.all:
         return planned(choice)(*arrays)
     own = lambda q, k, v: cudnn.attention_cudnn(q, k, v, mask=mask, scale=scale)

@@ -20,7 +20,7 @@ def misfit(
     if cap is not None:
         return f"has no soft cap, got cap = {cap}"
     if lse_out:
-        return "gives no differentiable log-sum-exp, but lse_out is set"
+        return "gives no differentiable log-sum-exp, which lse_out and sinks need"
     if mask.q_index is not None or mask.k_index is not None:
         return "counts indices from 0, but the mask has q_index or k_index"
     if not (isinstance(q_start, int) and isinstance(k_start, int) and q_start == k_start) and (

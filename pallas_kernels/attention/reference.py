@@ -9,7 +9,16 @@ from jaxpar.pallas_kernels.attention.mask import MaskSpec
 
 
 def attention_reference(
-    q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *, mask: MaskSpec, scale: float, cap: float | None = None, q_start=0, k_start=0
+    q_BxTxHxK,
+    k_BxSxGxK,
+    v_BxSxGxK,
+    *,
+    mask: MaskSpec,
+    scale: float,
+    cap: float | None = None,
+    q_start=0,
+    k_start=0,
+    sinks_H=None,
 ):
     """`softmax(mask(cap(scale · q kᵀ))) v` and its log-sum-exp, holding the full [B, H, T, S] weights.
 
@@ -29,10 +38,16 @@ def attention_reference(
     seen = mask.visible((0, T), (0, S), q_start=q_start, k_start=k_start)
     if seen is not None:
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
+    top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    if sinks_H is not None:
+        sinks = sinks_H.astype(precise).reshape(1, G, H // G, 1, 1)
+        top = jnp.maximum(top, sinks)
+    top = jax.lax.stop_gradient(top)
     # A row that sees nothing has top = -inf; -inf - -inf would be NaN, forward and backward.
     weights = jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks_H is not None:
+        total = total + jnp.exp(sinks - top)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, jnp.log(total) + top)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from jaxpar.pallas_kernels.attention.sinks import check_sinks, with_sinks
 from jaxpar.pallas_kernels.decode import mosaic_tpu
 from jaxpar.pallas_kernels.decode.xla import decode_xla
 from jaxpar.pallas_kernels.dispatch import Implementation, Op
@@ -28,6 +29,7 @@ def decode_attention(
     cap: float | None = None,
     layer=None,
     table_BxP=None,
+    sinks_H=None,
     lse_out: bool = False,
     implementation: str | None = None,
     interpret=False,
@@ -49,9 +51,10 @@ def decode_attention(
         the whole, which need not be copied.
       table_BxP: int32, which page of k and v [pages, N, G, K] (with `layer` [L, pages, N, G, K]) holds a row's slots
         p·N ... p·N + N - 1. Entries of pages that a row does not hold do not matter.
+      sinks_H: as of `attention`.
       lse_out: also return the log-sum-exp of each query's logits.
       implementation: "xla" (dequantises and reads a layer's whole cache), "mosaic_tpu" (flash-decoding on TPUs: reads and
-        dequantises only the blocks that a row's queries see), or None: for each platform that the call may be lowered for, its own
+        dequantises only the blocks that a row's queries see; compiled for TPUs, not yet timed on one), or None: for each platform that the call may be lowered for, its own
         where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which and why.
       interpret: as of `attention`.
 
@@ -62,6 +65,7 @@ def decode_attention(
       ValueError: shapes that do not fit, an unknown implementation, or a named one that cannot do this call.
     """
     _check(q_BxTxHxK, k, v, lens_B, window, cap, layer, table_BxP)
+    check_sinks("decode_attention", sinks_H, q_BxTxHxK.shape[2])
     arrays = q_BxTxHxK, k, v, lens_B
     call = dict(scale=scale, window=window, cap=cap, layer=layer, table_BxP=table_BxP)
     choice = DECODE_ATTENTION.choose(implementation, *arrays, interpret=interpret, **call)
@@ -71,6 +75,8 @@ def decode_attention(
         return lambda *arrays: one.run(*arrays, **call, **more)
 
     out, lse = choice.call(run, *arrays)
+    if sinks_H is not None:
+        out, lse = with_sinks(out, lse, sinks_H)
     return (out, lse) if lse_out else out
 
 

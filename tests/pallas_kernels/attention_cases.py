@@ -32,8 +32,8 @@ def seen_by(mask: MaskSpec, B, T, S, q_start=0, k_start=0):
     return found
 
 
-def float64(q, k, v, d_out, d_lse, seen, scale, cap=None):
-    """out, lse, dq, dk, dv in float64 by the chain rule, holding all of the weights."""
+def float64(q, k, v, d_out, d_lse, seen, scale, cap=None, sinks=None):
+    """out, lse, dq, dk, dv in float64 by the chain rule, holding all of the weights; with sinks [H] d_sinks too."""
     q, k, v, d_out, d_lse = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_out, d_lse))
     R = q.shape[2] // k.shape[2]
     k, v = (np.repeat(x, R, axis=2) for x in (k, v))
@@ -44,20 +44,27 @@ def float64(q, k, v, d_out, d_lse, seen, scale, cap=None):
         logits = cap * np.tanh(logits / cap)
     logits = np.where(seen[:, None], logits, -np.inf)
     top = np.max(logits, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = np.asarray(sinks).astype(np.float64)[None, :, None, None]
+        top = np.maximum(top, sinks)
     top = np.where(np.isneginf(top), 0, top)
     weights = np.exp(logits - top)
-    total = weights.sum(axis=-1, keepdims=True)
+    total = weights.sum(axis=-1, keepdims=True) + (0 if sinks is None else np.exp(sinks - top))
     lse = np.where(total == 0, -np.inf, np.log(np.where(total == 0, 1, total)) + top)[..., 0]
     weights = weights / np.where(total == 0, 1, total)
     out = np.einsum("bhts,bshk->bthk", weights, v)
     d_weights = np.einsum("bthk,bshk->bhts", d_out, v)
-    d_logits = weights * (d_weights - np.sum(weights * d_weights, axis=-1, keepdims=True) + d_lse[..., None])
+    common = d_lse[..., None] - np.sum(weights * d_weights, axis=-1, keepdims=True)
+    d_logits = weights * (d_weights + common)
     d_logits = d_logits * slope * scale
     shared = lambda x: x.reshape(*x.shape[:2], -1, R, x.shape[3]).sum(axis=3)
     dq = np.einsum("bhts,bshk->bthk", d_logits, k)
     dk = shared(np.einsum("bhts,bthk->bshk", d_logits, q))
     dv = shared(np.einsum("bhts,bthk->bshk", weights, d_out))
-    return out, lse, dq, dk, dv
+    if sinks is None:
+        return out, lse, dq, dk, dv
+    # The logit of a value 0.
+    return out, lse, dq, dk, dv, np.sum(np.exp(sinks - top) / total * common, axis=(0, 2, 3))
 
 
 def errors(found, expected) -> tuple[float, float, float]:
