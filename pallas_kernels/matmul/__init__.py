@@ -5,10 +5,12 @@ products.py     one product of two operands with plain XLA: integers, 8-bit floa
 scaled_dot.py   the same by XLA's own scaled product, for the formats that some chips multiply themselves
 mixed.py        weights in 4 bits, activations in 4 or 8, block by block
 mosaic_tpu.py   kernels for TPUs: int8 with int8, and weights in 4 bits
+mosaic_gpu.py   kernels for Hopper GPUs: 8 bits with the same 8 bits, and weights in 4 or 8 bits
+gpu_kernels.py  what those do
 reference.py    the same in NumPy: float64, and int64 where both are integers
 """
 
-from jaxpar.pallas_kernels.matmul.api import IMPLEMENTATIONS, Operands, quant_matmul
+from jaxpar.pallas_kernels.matmul.api import IMPLEMENTATIONS, PRODUCT, Operands, quant_matmul
 from jaxpar.pallas_kernels.matmul.reference import product_reference
 
-__all__ = ["IMPLEMENTATIONS", "Operands", "product_reference", "quant_matmul"]
+__all__ = ["IMPLEMENTATIONS", "PRODUCT", "Operands", "product_reference", "quant_matmul"]

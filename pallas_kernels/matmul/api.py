@@ -8,15 +8,50 @@ from functools import partial
 
 import jax
 
-from jaxpar.pallas_kernels.dispatch import Implementation
+from jaxpar.pallas_kernels.dispatch import Implementation, Op
 from jaxpar.pallas_kernels.formats.format import Format
 from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, quantise
 from jaxpar.pallas_kernels.formats.rotation import rotate, signs
-from jaxpar.pallas_kernels.matmul import mosaic_tpu, scaled_dot
+from jaxpar.pallas_kernels.matmul import mosaic_gpu, mosaic_tpu, scaled_dot
 from jaxpar.pallas_kernels.matmul.products import product
 
-MOSAIC_TPU = Implementation("mosaic_tpu", mosaic_tpu.product_mosaic_tpu, mosaic_tpu.misfit, platform="tpu", kernel=True)
-IMPLEMENTATIONS = ("xla", "scaled_dot", MOSAIC_TPU.name)
+
+def _xla(a, b, axes, dtype):
+    return product(a, b, axes, dtype).astype(dtype)
+
+
+def _unmeasured(a, b, axes, dtype) -> str:
+    """Nothing is chosen for None that has not been seen to be faster than XLA's own product."""
+    return "has not been measured on a chip, so that only its name chooses it"
+
+
+XLA = Implementation("xla", _xla)
+SCALED_DOT = Implementation(
+    "scaled_dot",
+    lambda a, b, axes, dtype: scaled_dot.product_scaled_dot(a, b, axes).astype(dtype),
+    lambda a, b, axes, dtype: scaled_dot.misfit(*(x.format if isinstance(x, Quantised) else None for x in (a, b))),
+    unwise=_unmeasured,
+)
+MOSAIC_TPU = Implementation(
+    "mosaic_tpu",
+    lambda a, b, axes, dtype, **more: mosaic_tpu.product_mosaic_tpu(a, b, dtype, **more),
+    mosaic_tpu.misfit,
+    unwise=_unmeasured,
+    platform="tpu",
+    kernel=True,
+)
+MOSAIC_GPU = Implementation(
+    "mosaic_gpu",
+    mosaic_gpu.product_mosaic_gpu,
+    mosaic_gpu.misfit,
+    unwise=_unmeasured,
+    platform="cuda",
+    kernel=True,
+)
+PRODUCT = Op("a quantised product", (MOSAIC_TPU, MOSAIC_GPU, SCALED_DOT, XLA))
+"""One product of two operands, of which one or both are `Quantised`: `explain(PRODUCT, a, b, axes=(-1, -2), dtype=...)` says
+what each implementation makes of it."""
+IMPLEMENTATIONS = PRODUCT.names
 """What `implementation` may name."""
 
 
@@ -65,9 +100,11 @@ def quant_matmul(
       w: float [a..., b...], rounded to x's dtype first as a plain product would; or `Quantised` [K, b...] with K the product
         of the sizes a..., quantised along K.
       operands: formats. With all None and w an array this is the plain product.
-      implementation: "xla", "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some),
-        "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits, in the forward product; the backward ones are
-        XLA's; not measured on a TPU yet, and so never chosen unasked), or None: "xla". Products whose operands a named one cannot multiply raise; nothing is done in another way silently.
+      implementation: "xla"; "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some);
+        "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits); "mosaic_gpu" (kernels for Hopper GPUs: int8
+        with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16). None: "xla", as the others have not been
+        measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
+        raises. Of the backward ones "mosaic_gpu" does those of two 8-bit operands; all others are XLA's.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 
     Returns:
@@ -125,11 +162,13 @@ def _check(shape, w, operands: Operands, implementation) -> None:
                 raise ValueError(f'implementation="scaled_dot" {reason}; use implementation="xla"')
 
 
-def _product(implementation, a, b, axes, dtype):
-    """[M, N] in `dtype`."""
-    if implementation == "scaled_dot" and isinstance(a, Quantised) and isinstance(b, Quantised):
-        return scaled_dot.product_scaled_dot(a, b, axes).astype(dtype)
-    return product(a, b, axes, dtype).astype(dtype)
+def _product(how, a, b, axes, dtype):
+    """A backward product, [M, N] in `dtype`: by the named implementation where both operands are its own, else by XLA."""
+    _, implementation, interpret = how
+    one = PRODUCT.named(implementation or XLA.name)
+    if not (isinstance(a, Quantised) and isinstance(b, Quantised)) or one.misfit(a, b, axes=axes, dtype=dtype):
+        one = XLA
+    return one.run(a, b, axes, dtype, **({"interpret": interpret} if one.kernel else {}))
 
 
 def _in(x, fmt: Format | None, axis: int):
@@ -141,11 +180,12 @@ def _multiply(how, x_MxK, w_KxN):
     operands, implementation, interpret = how
     x = _in(operands.rotated(x_MxK, -1), operands.inputs, -1)
     w = w_KxN if isinstance(w_KxN, Quantised) else _in(operands.rotated(w_KxN, -2), operands.weights, -2)
-    if implementation != MOSAIC_TPU.name:
-        return _product(implementation, x, w, (-1, -2), x_MxK.dtype)
-    if reason := MOSAIC_TPU.refusal((x, w), {"axes": (-1, -2), "dtype": x_MxK.dtype}, interpret=interpret):
-        raise ValueError(f'a quantised product with implementation="mosaic_tpu" {reason}; use implementation="xla"')
-    return MOSAIC_TPU.run(x, w, x_MxK.dtype, interpret=interpret)
+    axes, dtype = (-1, -2), x_MxK.dtype
+    choice = PRODUCT.choose(
+        implementation, x, w, interpret=implementation is not None and interpret, axes=axes, dtype=dtype
+    )
+    run = lambda one: partial(one.run, axes=axes, dtype=dtype, **({"interpret": interpret} if one.kernel else {}))
+    return choice.call(run, x, w)
 
 
 def _multiply_forward(how, x, w):
@@ -153,15 +193,15 @@ def _multiply_forward(how, x, w):
 
 
 def _multiply_backward(how, kept, dy_MxN):
-    operands, implementation, _ = how
+    operands = how[0]
     x_MxK, w_KxN = kept
     fmt, dtype, fixed = operands.gradients, x_MxK.dtype, isinstance(w_KxN, Quantised)
     # Its scales lie along K, which is not summed over here.
     w = dequantise(w_KxN, dtype) if fixed else w_KxN
-    dx = _product(implementation, _in(dy_MxN, fmt, -1), _in(w, fmt, -1), (-1, -1), dtype)
+    dx = _product(how, _in(dy_MxN, fmt, -1), _in(w, fmt, -1), (-1, -1), dtype)
     if fixed:
         return operands.rotated(dx, -1, inverse=True), None
-    return dx, _product(implementation, _in(x_MxK, fmt, -2), _in(dy_MxN, fmt, -2), (-2, -2), dtype)
+    return dx, _product(how, _in(x_MxK, fmt, -2), _in(dy_MxN, fmt, -2), (-2, -2), dtype)
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

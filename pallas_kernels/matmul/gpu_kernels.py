@@ -1,0 +1,299 @@
+"""The bodies of the quantised products for Hopper GPUs: what the warpgroups of a block do.
+
+A block has two warpgroups that multiply and one that feeds them: it copies the tiles of the next steps along K into shared
+memory as places get free. The two share what they can: rows of one block of w in `eight`, and of one block of x in `sixteen`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpar.pallas_kernels import gpu
+
+COMPUTE = 2
+"""Warpgroups that multiply; the next one feeds them."""
+STEP = 128
+"""Of K: a step's bytes of 8-bit operands are a row of shared memory's widest pattern."""
+HALF = STEP // 2
+"""Of K: a step's 16-bit operands are two such rows."""
+CHUNK = 64
+"""Columns of the result that leave together."""
+REGISTERS, FEEDER_REGISTERS = 232, 40
+"""Of a thread that multiplies, and of one that feeds: 65536 in all."""
+ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+"""How numbers of rows, and of columns, lie over the threads that hold a product."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a kernel knows before it is traced.
+
+    Attributes:
+      rows: of a warpgroup's tile of the result, 64 or 128.
+      columns: of a warpgroup's tile of the result, 64 or 128.
+      stages: how many steps the feeder may be ahead.
+      steps: along K, of one block.
+      dtype: of the result.
+      operand: of what the matrix unit multiplies in `eight`: int8 or float8.
+      there: rows of x that there are in `sixteen`, where they are fewer than `rows`: a multiple of 8. What the others of a
+        tile are is not defined, and no matter: a row of a product is one of x's alone.
+      group: values along K that share a scale of w, in `sixteen`.
+      bits: of w's codes in `sixteen`: 4 or 8.
+      interpret: whether the kernel will run in the interpreter.
+    """
+
+    rows: int
+    columns: int
+    stages: int
+    steps: int
+    dtype: Any
+    operand: Any = None
+    there: int = 0
+    group: int = 0
+    bits: int = 8
+    interpret: bool = False
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Where the rows of each matrix instruction begin."""
+        return tuple(range(0, self.rows, gpu.ROWS))
+
+    @property
+    def out_slots(self) -> int:
+        """Chunks of the result on their way out. Two of float32 would take the place of a step."""
+        return 2 if jnp.dtype(self.dtype).itemsize == 2 else 1
+
+    def out_tile(self):
+        return plgpu.SMEM((COMPUTE, self.out_slots, gpu.ROWS, CHUNK), self.dtype)
+
+
+def place(names, refs) -> SimpleNamespace:
+    """References by name, and where this warpgroup is."""
+    x = SimpleNamespace(**dict(zip(names, refs, strict=True)))
+    x.row, x.column, x.split, x.warpgroup = (lax.axis_index(n) for n in ("row", "column", "split", "warpgroup"))
+    return x
+
+
+def roles(x, multiply, feed) -> None:
+    """Which warpgroups do what."""
+
+    @pl.when(x.warpgroup < COMPUTE)
+    def _():
+        plgpu.set_max_registers(REGISTERS, action="increase")
+        multiply()
+
+    @pl.when(x.warpgroup == COMPUTE)
+    def _():
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
+        feed()
+
+
+def feed(x, settings: Settings, copies) -> None:
+    """Copy the tiles of each step when their place is free. `copies(step, slot)`: pairs of global and shared memory."""
+
+    @pl.loop(0, settings.steps)
+    def _(step):
+        slot = lax.rem(step, settings.stages)
+
+        @pl.when(step >= settings.stages)
+        def _():
+            plgpu.barrier_wait(x.used.at[slot])
+
+        for source, to in copies(step, slot):
+            plgpu.copy_gmem_to_smem(source, to, x.ready.at[slot])
+
+
+def barriers(settings: Settings, copies: int) -> dict:
+    """`ready`: a step's tiles are there. `used`: both warpgroups are done with them."""
+    return {
+        "ready": plgpu.Barrier(num_arrivals=copies, num_barriers=settings.stages),
+        "used": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=settings.stages),
+    }
+
+
+def write(x, settings: Settings, pieces, out, first_row, first_column, rows: int = gpu.ROWS) -> None:
+    """A warpgroup's tile of the result, chunk by chunk: `rows` rows of each piece."""
+    chunks = [(n, start) for n in range(len(pieces)) for start in range(0, settings.columns, CHUNK)]
+    for count, (n, start) in enumerate(chunks):
+        tile = x.out_tile.at[x.warpgroup, count % settings.out_slots]
+        if count >= settings.out_slots:
+            plgpu.wait_smem_to_gmem(settings.out_slots - 1, wait_read_only=True)
+        tile[...] = pieces[n][:, start : start + CHUNK].astype(settings.dtype)
+        plgpu.commit_smem()
+        to = out.at[pl.ds(first_row + n * gpu.ROWS, rows), pl.ds(first_column + start, CHUNK)]
+        plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, rows)], to)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def eight_scratch(settings: Settings) -> dict:
+    rows, columns, stages = settings.rows, settings.columns, settings.stages
+    return {
+        "a_tile": plgpu.SMEM((stages, COMPUTE, rows, STEP), settings.operand),
+        "b_tile": plgpu.SMEM((stages, columns, STEP), settings.operand),
+        "a_scales": plgpu.SMEM((COMPUTE, rows), jnp.float32),
+        "b_scales": plgpu.SMEM((columns,), jnp.float32),
+        "out_tile": settings.out_tile(),
+        "scales_ready": plgpu.Barrier(num_arrivals=COMPUTE + 1),
+        **barriers(settings, COMPUTE + 1),
+    }
+
+
+def eight(settings: Settings, names, *refs) -> None:
+    """`a [M, K] · b [N, K]ᵀ` of 8-bit operands, and at the end the scales of rows `a` and of rows `b`.
+
+    Integers are summed in int32 by the matrix unit from beginning to end. Its sums of float8 have fewer bits than float32
+    has (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): each step's is added to a float32 one.
+    """
+    x = place(names, refs)
+    rows, columns = settings.rows, settings.columns
+    first = (x.row * COMPUTE + x.warpgroup) * rows
+    shape = (gpu.ROWS, columns)
+
+    def taken(n, use):
+        """What `use(slot)` makes of step n."""
+        slot = lax.rem(n, settings.stages)
+        plgpu.barrier_wait(x.ready.at[slot])
+        found = use(slot)
+        plgpu.barrier_arrive(x.used.at[slot])
+        return found
+
+    def whole(total_ref):
+        def product(slot):
+            plgpu.wgmma(total_ref, x.a_tile.at[slot, x.warpgroup], x.b_tile.at[slot].transpose((1, 0)))
+            plgpu.wgmma_wait(0)
+
+        pl.loop(0, settings.steps)(lambda n: taken(n, product))
+        return total_ref[...].astype(jnp.float32)
+
+    def step(n, totals):
+        def product(slot, start):
+            a = x.a_tile.at[slot, x.warpgroup, pl.ds(start, gpu.ROWS)]
+            return gpu.mma(shape, a, x.b_tile.at[slot], transposed=True)
+
+        return taken(
+            n, lambda slot: [t + product(slot, start) for t, start in zip(totals, settings.pieces, strict=True)]
+        )
+
+    def multiply():
+        if jnp.issubdtype(settings.operand, jnp.integer):
+            total = pl.run_scoped(whole, plgpu.ACC((rows, columns), jnp.int32))
+            totals = [total[start : start + gpu.ROWS] for start in settings.pieces]
+        else:
+            totals = lax.fori_loop(0, settings.steps, step, [gpu.zeros(shape) for _ in settings.pieces])
+        plgpu.barrier_wait(x.scales_ready)
+        across = lax.broadcast_in_dim(gpu.load(x.b_scales, ACROSS), shape, [1])
+        for n, start in enumerate(settings.pieces):
+            along = gpu.load(x.a_scales.at[x.warpgroup, pl.ds(start, gpu.ROWS)], ALONG)
+            totals[n] = totals[n] * lax.broadcast_in_dim(along, shape, [0]) * across
+        write(x, settings, totals, x.out, first, x.column * columns)
+
+    def copies(step, slot):
+        along = pl.ds(step * STEP, STEP)
+        for w in range(COMPUTE):
+            yield x.a.at[pl.ds((x.row * COMPUTE + w) * rows, rows), along], x.a_tile.at[slot, w]
+        yield x.b.at[pl.ds(x.column * columns, columns), along], x.b_tile.at[slot]
+
+    def scales_and_tiles():
+        for w in range(COMPUTE):
+            here = pl.ds((x.row * COMPUTE + w) * rows, rows)
+            plgpu.copy_gmem_to_smem(x.scales_a.at[here], x.a_scales.at[w], x.scales_ready)
+        plgpu.copy_gmem_to_smem(x.scales_b.at[pl.ds(x.column * columns, columns)], x.b_scales, x.scales_ready)
+        feed(x, settings, copies)
+
+    roles(x, multiply, scales_and_tiles)
+
+
+def sixteen_scratch(settings: Settings) -> dict:
+    rows, columns, stages = settings.rows, settings.columns, settings.stages
+    codes = settings.bits // 4
+    return {
+        "x_tile": plgpu.SMEM((stages, 2, rows, HALF), jnp.bfloat16),
+        "codes_tile": plgpu.SMEM((stages, COMPUTE, codes, HALF, columns), jnp.int8),
+        "w_scales": plgpu.SMEM((stages, COMPUTE, columns), jnp.float32),
+        "wide": plgpu.SMEM((COMPUTE, 2, HALF, columns), jnp.bfloat16),
+        "out_tile": settings.out_tile(),
+        **barriers(settings, 2 + COMPUTE * (codes + 1)),
+    }
+
+
+def values(settings: Settings, codes: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The two halves of a step's weights, bfloat16 [HALF, columns], from its int8 codes.
+
+    A byte of 4-bit codes is 16 · high + low, with high signed and low + 8 its lower bits but for the sign bit turned: single
+    operations on four bytes, where shifts would go byte by byte. All of it is exact.
+    """
+    if settings.bits == 8:
+        return tuple(part.astype(jnp.bfloat16) for part in codes)
+    (both,) = codes
+    low = ((both & 15) ^ 8).astype(jnp.bfloat16) - 8
+    high = (both & -16).astype(jnp.bfloat16) * 0.0625
+    return low, high
+
+
+def sixteen(settings: Settings, names, *refs) -> None:
+    """`x [M, K] · w [K, N]`, x in bfloat16 and w in 4 or 8 bits with a scale for each group of values along K.
+
+    The codes of a step are widened from shared memory to shared memory and multiplied as they are; the scales of their group
+    are behind the step's sum.
+    """
+    x = place(names, refs)
+    rows, columns, parts = settings.rows, settings.columns, settings.bits // 4
+    there = min(settings.there, gpu.ROWS)
+    shape = (gpu.ROWS, columns)
+
+    def step(n, totals):
+        slot = lax.rem(n, settings.stages)
+        plgpu.barrier_wait(x.ready.at[slot])
+        codes = [
+            gpu.load(x.codes_tile.at[slot, x.warpgroup, part], plgpu.Layout.WGMMA_UPCAST_4X) for part in range(parts)
+        ]
+        for half, part in enumerate(values(settings, codes)):
+            x.wide.at[x.warpgroup, half][...] = part
+        plgpu.commit_smem()
+
+        def product(start, total_ref):
+            for half in range(2):
+                a = x.x_tile.at[slot, half, pl.ds(start, gpu.ROWS)]
+                plgpu.wgmma(total_ref, a, x.wide.at[x.warpgroup, half])
+            plgpu.wgmma_wait(0)
+            return total_ref[...]
+
+        def added(total, start):
+            part = pl.run_scoped(partial(product, start), plgpu.ACC(shape, jnp.float32))
+            scales = gpu.load(x.w_scales.at[slot, x.warpgroup], ACROSS)
+            return total + part * lax.broadcast_in_dim(scales, shape, [1])
+
+        totals = [added(total, start) for total, start in zip(totals, settings.pieces, strict=True)]
+        # The scales were read as copies do not read; one may follow.
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(x.used.at[slot])
+        return totals
+
+    def multiply():
+        totals = lax.fori_loop(0, settings.steps, step, [gpu.zeros(shape) for _ in settings.pieces])
+        first_column = (x.column * COMPUTE + x.warpgroup) * columns
+        write(x, settings, totals, x.out.at[x.split], x.row * rows, first_column, there)
+
+    def copies(step, slot):
+        k = x.split * settings.steps + step
+        for half, source in enumerate((x.x_first, x.x_second)):
+            # Of 4-bit weights the halves are the even and the odd channels, of 8-bit ones half of a step each.
+            at = k * HALF if settings.bits == 4 else k * STEP + half * HALF
+            here = pl.ds(x.row * rows, settings.there)
+            yield source.at[here, pl.ds(at, HALF)], x.x_tile.at[slot, half, pl.ds(0, settings.there)]
+        for w in range(COMPUTE):
+            here = pl.ds((x.column * COMPUTE + w) * columns, columns)
+            for part in range(parts):
+                yield x.codes.at[pl.ds((k * parts + part) * HALF, HALF), here], x.codes_tile.at[slot, w, part]
+            yield x.scales.at[lax.div(k * STEP, settings.group), here], x.w_scales.at[slot, w]
+
+    roles(x, multiply, lambda: feed(x, settings, copies))

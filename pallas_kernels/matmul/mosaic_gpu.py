@@ -1,0 +1,209 @@
+"""Quantised products for Hopper GPUs by Pallas' Mosaic GPU backend: how kernels are called (`gpu_kernels`: what they do).
+
+    W8A8          int8 · int8 summed in int32, exactly, or e4m3 · e4m3 in float32; scales of rows and columns at the end.
+                  The matrix unit wants both operands along K in memory: an operand that lies otherwise, as weights [K, N]
+                  do in the forward product, is transposed before the kernel, a copy of a byte a value
+    W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened in shared memory: a quarter or a half of
+                  bfloat16's bytes are read, and as many operations done (Hopper multiplies no 4-bit operands)
+
+A byte holds the 4-bit weights of two neighbours along K; the even and the odd channels of x are multiplied with the low and
+the high halves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxpar.pallas_kernels import gpu, versions
+from jaxpar.pallas_kernels.formats.quantised import Quantised
+from jaxpar.pallas_kernels.formats.scales import Float32
+from jaxpar.pallas_kernels.matmul import gpu_kernels
+from jaxpar.pallas_kernels.matmul.gpu_kernels import COMPUTE, STEP
+from jaxpar.pallas_kernels.matmul.products import integer, integers
+from jaxpar.pallas_kernels.tiles import Row, chip, look_up
+
+BLOCK = 128
+"""What N and K are multiples of."""
+
+
+@dataclass(frozen=True)
+class HopperTiles:
+    """Of a warpgroup's tile of the result.
+
+    Attributes:
+      rows: 64 or 128.
+      columns: 64 or 128.
+      stages: steps along K that shared memory holds.
+      blocks: weights in 4 or 8 bits with a 16-bit x: K is cut until there are this many blocks, where it can be, and their
+        sums are added afterwards.
+    """
+
+    rows: int
+    columns: int
+    stages: int = 4
+    blocks: int = 1
+
+
+EIGHT = (
+    Row(HopperTiles(64, 128), most=(("rows", 128),)),
+    Row(HopperTiles(128, 128)),
+)
+SIXTEEN = (
+    Row(HopperTiles(64, 128, stages=3, blocks=132), most=(("rows", 64), ("bits", 4))),
+    Row(HopperTiles(64, 64, blocks=132), most=(("rows", 64),)),
+    Row(HopperTiles(128, 128, stages=2), most=(("bits", 4),)),
+    Row(HopperTiles(128, 64, stages=2)),
+)
+"""Tiles by the rows of x, and by the bits of w. That they compile for Hopper GPUs and fit their registers is tested; which
+are fastest has not been measured."""
+
+
+def misfit(a, b, axes, dtype) -> str | None:
+    """Why no kernel multiplies these operands, as the end of a sentence; None where one does."""
+    K, N = b.shape[axes[1]], b.shape[-3 - axes[1]]
+    if N % BLOCK or K % BLOCK:
+        return f"takes K and N that are multiples of {BLOCK}, got {K} and {N}"
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"gives bfloat16, float16 or float32, got {jnp.dtype(dtype)}"
+    if not a.shape[-3 - axes[0]]:
+        return "takes a row of x at least, got 0"
+    kind = versions.device_kind("cuda")
+    if kind is not None and chip(kind) != "hopper":
+        return f"is written for Hopper GPUs, and here is a {kind}"
+    if isinstance(a, Quantised):
+        return _misfit_eight(a, b)
+    if tuple(axes) != (-1, -2):
+        return "multiplies x [M, K] in bfloat16 with w [K, N] that is quantised along K"
+    return _misfit_sixteen(a, b, dtype)
+
+
+def _misfit_eight(a: Quantised, b) -> str | None:
+    if not isinstance(b, Quantised) or (kind := _operand(a)) is None or _operand(b) != kind:
+        name = b.format.name if isinstance(b, Quantised) else b.dtype
+        return f"takes int8 with int8 or e4m3 with e4m3, float32 scales, got {a.format.name} and {name}"
+    if any(q.scales.shape[q.axis] != 1 for q in (a, b)):
+        return f"takes 8-bit operands with a scale a row or tensor, got {a.format.name} and {b.format.name}"
+    return None
+
+
+def _misfit_sixteen(a, b, dtype) -> str | None:
+    if not isinstance(b, Quantised) or not integer(b) or b.format.element.bits not in (4, 8):
+        return (
+            f"takes w in int4 or int8 with x in bfloat16, got {b.format.name if isinstance(b, Quantised) else b.dtype}"
+        )
+    if a.dtype != jnp.bfloat16 or dtype != jnp.bfloat16:
+        return f"takes x in bfloat16 or in w's 8-bit format, got {a.dtype}"
+    if (group := b.shape[-2] // b.scales.shape[-2]) % STEP:
+        return f"takes groups that are multiples of {STEP} values, got {b.format.name} with {group}"
+    return None
+
+
+def _operand(q: Quantised):
+    """What the matrix unit multiplies of an operand with float32 scales: int8 or float8_e4m3fn; None for others."""
+    if not isinstance(q.format.scale, Float32):
+        return None
+    if integer(q):
+        return jnp.int8 if q.format.element.bits == 8 else None
+    return jnp.float8_e4m3fn if q.format.element.name == "e4m3" else None
+
+
+def product_mosaic_gpu(a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | None = None) -> jax.Array:
+    """`products.product` of operands without a `misfit`: [M, N] in `dtype`.
+
+    Args:
+      interpret: True, or `plgpu.InterpretGPUParams`, to run in an interpreter (from JAX 0.11 on).
+      tiles: instead of those of the table.
+    """
+    M = a.shape[-3 - axes[0]]
+    run = _eight if isinstance(a, Quantised) else _sixteen
+    if tiles is None:
+        sizes, table = {"rows": M}, EIGHT
+        if run is _sixteen:
+            sizes, table = sizes | {"bits": b.format.element.bits}, SIXTEEN
+        tiles = look_up(table, versions.device_kind("cuda"), **sizes)
+    return run(a, b, axes, dtype, tiles, gpu.interpreter(interpret))[:M]
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _rows(x, count: int):
+    """x with rows of zeros up to a multiple of `count`."""
+    return jnp.pad(x, ((0, _up(x.shape[0], count) - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
+
+
+def _eight(a, b, axes, dtype, tiles: HopperTiles, interpret):
+    kind = _operand(a)
+    codes = lambda q: integers(q) if kind == jnp.int8 else jax.lax.bitcast_convert_type(q.codes, kind)
+    along = lambda x, axis: x if axis == -1 else x.T
+    rows = COMPUTE * tiles.rows
+    a_MxK, b_NxK = (along(codes(q), axis) for q, axis in ((a, axes[0]), (b, axes[1])))
+    (M, K), N = a_MxK.shape, b_NxK.shape[0]
+    scales = [
+        jnp.broadcast_to(along(q.scales, axis)[:, 0], (size,)) for q, axis, size in ((a, axes[0], M), (b, axes[1], N))
+    ]
+    arrays = {"a": _rows(a_MxK, rows), "b": b_NxK, "scales_a": _rows(scales[0], rows), "scales_b": scales[1]}
+    settings = gpu_kernels.Settings(
+        tiles.rows, tiles.columns, tiles.stages, K // STEP, dtype, operand=kind, interpret=bool(interpret)
+    )
+    M = arrays["a"].shape[0]
+    grid = {"split": 1, "column": N // tiles.columns, "row": M // rows}
+    return _call(gpu_kernels.eight, settings, arrays, (M, N), grid, interpret)
+
+
+def _sixteen(x, w, axes, dtype, tiles: HopperTiles, interpret):
+    K, N = w.shape
+    columns = tiles.columns if N % (COMPUTE * tiles.columns) == 0 else BLOCK // COMPUTE
+    # Of a few rows there is one block, and no more of it is fetched and written than whole eights.
+    rows = tiles.rows if x.shape[0] > gpu.ROWS else gpu.ROWS
+    there = rows if x.shape[0] > gpu.ROWS else _up(x.shape[0], 8)
+    x_MxK = _rows(x, there)
+    M = x_MxK.shape[0]
+    bits, groups = w.format.element.bits, w.scales.shape[-2]
+    halves = [x_MxK.reshape(M, K // 2, 2)[:, :, i] for i in (0, 1)] if bits == 4 else [x_MxK, x_MxK]
+    grid = {"column": N // (COMPUTE * columns), "row": M // there}
+    splits = _splits(K // STEP, tiles.blocks, grid["column"] * grid["row"])
+    settings = gpu_kernels.Settings(
+        rows,
+        columns,
+        tiles.stages,
+        K // STEP // splits,
+        dtype if splits == 1 else jnp.float32,
+        there=there,
+        group=K // groups,
+        bits=bits,
+        interpret=bool(interpret),
+    )
+    arrays = {
+        "x_first": halves[0],
+        "x_second": halves[1],
+        "codes": jax.lax.bitcast_convert_type(w.codes, jnp.int8),
+        "scales": jnp.broadcast_to(w.scales, (groups, N)),
+    }
+    parts = _call(gpu_kernels.sixteen, settings, arrays, (splits, M, N), {"split": splits} | grid, interpret)
+    return parts[0] if splits == 1 else jnp.sum(parts, axis=0).astype(dtype)
+
+
+def _splits(steps: int, wanted: int, blocks: int) -> int:
+    """In how many equal parts K is cut: the fewest that give as many blocks as are wanted, or else all that leave 4 steps."""
+    parts = [n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or steps // n >= 4)]
+    return next((n for n in parts if n * blocks >= wanted), parts[-1])
+
+
+def _call(kernel, settings, arrays, shape, grid, interpret):
+    scratch = getattr(gpu_kernels, f"{kernel.__name__}_scratch")(settings)
+    call = gpu.kernel(
+        partial(kernel, settings, (*arrays, "out", *scratch)),
+        [versions.out_shape(shape, settings.dtype, *arrays.values())],
+        grid=grid,
+        warpgroups=COMPUTE + 1,
+        scratch=scratch.values(),
+        interpret=interpret,
+        name=f"quant_matmul_{kernel.__name__}",
+    )
+    return call(*arrays.values())[0]

@@ -1,0 +1,80 @@
+"""The Hopper kernels of quantised products compiled to sm_90a on a machine without a GPU. `.ci/aot` runs this where the
+compilers are."""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.pallas_kernels import cuda_target
+from tests.processes import start
+
+K, N = 2048, 4096
+CASES = [
+    # Rows of x, formats of x and w, dtype of the result, matrix instruction: every row of the block tables.
+    (64, "int8_row", "int8_row", "bfloat16", "m64n128k32.s32.s8.s8"),
+    (512, "int8_row", "int8_row", "float32", "m64n128k32.s32.s8.s8"),
+    (64, "fp8_e4m3_row", "fp8_e4m3_row", "bfloat16", "m64n128k32.f32.e4m3.e4m3"),
+    (512, "fp8_e4m3_row", "fp8_e4m3_row", "float32", "m64n128k32.f32.e4m3.e4m3"),
+    (1, None, "int4_g128", "bfloat16", "m64n128k16.f32.bf16.bf16"),
+    (512, None, "int4_g128", "bfloat16", "m64n128k16.f32.bf16.bf16"),
+    (64, None, "int8_row", "bfloat16", "m64n64k16.f32.bf16.bf16"),
+    (512, None, "int8_row", "bfloat16", "m64n64k16.f32.bf16.bf16"),
+]
+
+
+def compiled() -> list[dict]:
+    """What the compiler says of each case."""
+    import jax
+
+    from jaxpar.pallas_kernels.formats import get, quantise
+    from jaxpar.pallas_kernels.matmul import Operands, quant_matmul
+
+    found = []
+    for rows, inputs, weights, dtype, _ in CASES:
+        x = jax.ShapeDtypeStruct((rows, K), dtype)
+        w = jax.eval_shape(lambda w, weights=weights: quantise(w, weights, 0), jax.ShapeDtypeStruct((K, N), "float32"))
+        how = Operands(inputs and get(inputs))
+        done = cuda_target.compiled(lambda x, w, how=how: quant_matmul(x, w, how, implementation="mosaic_gpu"), x, w)
+        found.append(
+            {
+                "kernels": [
+                    {
+                        "target": kernel.target,
+                        "products": sorted(kernel.products),
+                        "registers": kernel.registers,
+                        "spills": kernel.spills,
+                        "shared": kernel.shared,
+                    }
+                    for kernel in done.kernels
+                ],
+                "temp": done.temp_bytes,
+            }
+        )
+    return found
+
+
+@cuda_target.needs_compiler
+def test_every_row_of_the_tables_compiles_without_spills(tmp_path):
+    """In a process of its own: JAX has started with CPU devices in this one."""
+    from jaxpar.pallas_kernels.matmul import mosaic_gpu
+
+    assert len(CASES) == 2 * len(mosaic_gpu.EIGHT) + len(mosaic_gpu.SIXTEEN)
+    file = tmp_path / "found.json"
+    run = start(["-m", "tests.pallas_kernels.matmul.test_matmul_cuda_aot", file], **cuda_target.environment())
+    assert run.wait(600) == 0, run.output
+    for case, found in zip(CASES, json.loads(file.read_text()), strict=True):
+        _, inputs, weights, _, product = case
+        (kernel,) = found["kernels"]
+        assert kernel["target"] == "sm_90a"
+        assert kernel["products"] == [product], case
+        assert kernel["spills"] == 0, case
+        # One block: two warpgroups with 232 registers a thread and one with 40, which is 504 of 512.
+        assert kernel["registers"] == 168
+        assert kernel["shared"] <= cuda_target.SHARED_BYTES, case
+        # Weights with a 16-bit x are read as they are stored: there is no copy of them, widened or transposed.
+        if inputs is None:
+            assert found["temp"] < K * N // (2 if weights == "int4_g128" else 1), (case, found)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(compiled()))

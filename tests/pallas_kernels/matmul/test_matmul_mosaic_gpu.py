@@ -1,0 +1,199 @@
+"""The Hopper kernels of quantised products in Pallas' interpreter (from JAX 0.11 on), and lines of them broken: every check
+sees it. What an interpreter does not show, and how they compile: `test_matmul_cuda_aot`."""
+
+import importlib
+import inspect
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpar.pallas_kernels import gpu
+from jaxpar.pallas_kernels.dispatch import explain
+from jaxpar.pallas_kernels.formats import get, quantise
+from jaxpar.pallas_kernels.matmul import PRODUCT, Operands, gpu_kernels, mosaic_gpu, product_reference, quant_matmul
+from jaxpar.pallas_kernels.matmul.products import product
+
+pytestmark = pytest.mark.quick
+interpreted = pytest.mark.skipif(
+    not gpu.MAY_INTERPRET, reason=f"JAX {jax.__version__} cannot interpret Mosaic GPU kernels; JAX 0.11 can"
+)
+AXES = (-1, -2)
+FORMATS = {
+    "w8a8": ("int8_row", "int8_row"),
+    "fp8": ("fp8_e4m3_row", "fp8_e4m3_row"),
+    "w4a16": (None, "int4_g128"),
+    "w8a16": (None, "int8_row"),
+}
+ROWS = {"w8a8": 260, "fp8": 20, "w4a16": 20, "w8a16": 130}
+"""Two blocks of rows, the last not whole, or less than one."""
+TILES = {
+    "w8a8": mosaic_gpu.HopperTiles(128, 64, stages=2),
+    "fp8": mosaic_gpu.HopperTiles(64, 128, stages=2),
+    # K in two parts.
+    "w4a16": mosaic_gpu.HopperTiles(64, 64, stages=2, blocks=4),
+    "w8a16": mosaic_gpu.HopperTiles(128, 64, stages=2),
+}
+COLUMNS = 128
+SUMS = {"w4a16": 1024}
+"""Steps along K are at least 3, more than there are places."""
+
+
+def operands(kind: str):
+    """`(x, w, value of their product)`: x and w are in their formats."""
+    rng = np.random.default_rng(0)
+    M, K = ROWS[kind], SUMS.get(kind, 384)
+    x, w = rng.standard_normal((M, K)), rng.standard_normal((K, COLUMNS))
+    # Channels, rows and columns that stand out: which scale belongs to which shows.
+    x[:, [5, 300]] *= 20
+    x *= np.exp(rng.standard_normal((M, 1)))
+    w *= np.exp(rng.standard_normal((K // 128, 1, COLUMNS))).repeat(128, 1).reshape(K, COLUMNS)
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.float32)
+    inputs, weights = FORMATS[kind]
+    a, b = x if inputs is None else quantise(x, inputs), quantise(w, weights, 0)
+    return a, b, product_reference(a, b, AXES)
+
+
+def result(kind: str) -> jnp.dtype:
+    return jnp.bfloat16 if kind.endswith("16") else jnp.float32
+
+
+def errors(found, exact) -> tuple[float, float, float]:
+    """Relative to the result: of all of it, of the worst row, and what it is too long by."""
+    found = np.asarray(found, np.float64)
+    rows = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    bias = abs(np.sum((found - exact) * exact)) / np.sum(exact**2)
+    worst = np.linalg.norm(found - exact) / np.linalg.norm(exact), np.max(rows), bias
+    return tuple(float(np.nan_to_num(one, nan=np.inf)) for one in worst)
+
+
+def run(module, kind: str, a, b, interpret=True):
+    return module.product_mosaic_gpu(a, b, AXES, result(kind), interpret=interpret, tiles=TILES[kind])
+
+
+@interpreted
+@pytest.mark.parametrize("kind", FORMATS)
+def test_kernels_are_no_worse_than_xla_and_have_no_races(kind):
+    """The detector sees copies and what warpgroups read and write themselves, not what the matrix unit reads."""
+    a, b, exact = operands(kind)
+    found = run(mosaic_gpu, kind, a, b, plgpu.InterpretGPUParams(detect_races=True))
+    theirs = product(a, b, AXES, result(kind)).astype(result(kind))
+    if kind == "w8a8":
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(theirs))
+    floor = 3e-7 if found.dtype == jnp.float32 else 2.0**-9
+    for ours, xla in zip(errors(found, exact), errors(theirs, exact), strict=True):
+        assert ours <= max(1.5 * xla, floor)
+
+
+BROKEN = [
+    ("w8a8", "* lax.broadcast_in_dim(along, shape, [0])", ""),
+    ("w8a8", "x.scales_b.at[pl.ds(x.column * columns, columns)]", "x.scales_b.at[pl.ds(0, columns)]"),
+    ("w8a8", "x.b.at[pl.ds(x.column * columns, columns), along]", "x.b.at[pl.ds(0, columns), along]"),
+    ("fp8", "t + product(slot, start)", "product(slot, start)"),
+    ("fp8", "first_column + start, CHUNK", "first_column, CHUNK"),
+    ("w4a16", "^ 8)", ")"),
+    ("w4a16", "* 0.0625", "* 0.125"),
+    ("w4a16", "return low, high", "return high, low"),
+    ("w4a16", "lax.div(k * STEP, settings.group)", "lax.div(step * STEP, settings.group)"),
+    ("w4a16", "x.split * settings.steps + step", "step"),
+    ("w8a16", "k * STEP + half * HALF", "k * STEP"),
+    ("w8a16", "(k * parts + part) * HALF", "k * parts * HALF"),
+    ("w8a16", "pl.ds(x.row * rows, settings.there)", "pl.ds(0, settings.there)"),
+]
+RACES = [
+    ("w8a16", "plgpu.barrier_wait(x.used.at[slot])", "pass"),
+    (
+        "w4a16",
+        "        plgpu.commit_smem()\n        plgpu.barrier_arrive(x.used",
+        "        plgpu.barrier_arrive(x.used",
+    ),
+]
+
+
+def broken(line: str, instead: str) -> types.ModuleType:
+    """`mosaic_gpu` with this in a kernel."""
+    source = inspect.getsource(gpu_kernels)
+    assert source.count(line) == 1
+    kernels = types.ModuleType(gpu_kernels.__name__)
+    # Its dataclass looks its module up by name.
+    exec(compile(source.replace(line, instead), "broken", "exec"), kernels.__dict__)
+    mutant = types.ModuleType(mosaic_gpu.__name__)
+    exec(compile(inspect.getsource(mosaic_gpu), "mutant", "exec"), mutant.__dict__)
+    mutant.gpu_kernels = kernels
+    return mutant
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "line", "instead"), BROKEN)
+def test_a_broken_line_shows(kind, line, instead):
+    a, b, exact = operands(kind)
+    assert max(errors(run(broken(line, instead), kind, a, b), exact)) > 0.02
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "line", "instead"), RACES)
+def test_a_tile_that_is_overwritten_too_early_is_a_race(kind, line, instead):
+    a, b, _ = operands(kind)
+    try:
+        with pytest.raises(Exception, match="RACE DETECTED"):
+            jax.block_until_ready(run(broken(line, instead), kind, a, b, plgpu.InterpretGPUParams(detect_races=True)))
+    finally:
+        # JAX exports it not yet.
+        reset = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+        reset.reset_gpu_interpret_mode_state()
+
+
+@interpreted
+def test_the_public_function_runs_them_forwards_and_backwards():
+    """All three products of int8 are the kernel's: the same bits as XLA's."""
+    rng = np.random.default_rng(1)
+    x, w, c = (jnp.asarray(rng.standard_normal((128, 128)), jnp.bfloat16) for _ in range(3))
+    int8 = get("int8_row")
+
+    def both(name, interpret):
+        how = Operands(int8, int8, int8)
+        call = lambda x, w: quant_matmul(x, w, how, implementation=name, interpret=interpret)
+        return jax.value_and_grad(lambda x, w: jnp.sum(call(x, w).astype(jnp.float32) * c), (0, 1))(x, w)
+
+    ours = str(jax.make_jaxpr(lambda: both("mosaic_gpu", True))())
+    assert ours.count("quant_matmul_eight") >= 3
+    for found, theirs in zip(
+        *(jax.tree.leaves(both(*how)) for how in (("mosaic_gpu", True), ("xla", False))), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(theirs, np.float32))
+
+
+def test_only_its_name_chooses_a_kernel_that_has_not_been_measured():
+    x = jax.ShapeDtypeStruct((16, 256), jnp.bfloat16)
+    w = jax.eval_shape(lambda w: quantise(w, "int4_g128", 0), jax.ShapeDtypeStruct((256, 128), jnp.float32))
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        verdicts = {one.name: one for one in explain(PRODUCT, x, w, axes=AXES, dtype=jnp.bfloat16)}
+        assert PRODUCT.choose("mosaic_gpu", x, w, axes=AXES, dtype=jnp.bfloat16).default.name == "mosaic_gpu"
+    assert verdicts["xla"].chosen == ("cuda",)
+    assert verdicts["mosaic_gpu"].reason == "has not been measured on a chip, so that only its name chooses it"
+    assert verdicts["mosaic_tpu"].reason == "runs on TPUs, and here are NVIDIA GPUs only"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weights", "shape", "dtype", "words"),
+    [
+        (None, "int4_g128", (256, 128), "bfloat16", "runs on NVIDIA GPUs, and here are CPUs only; use .*=.xla."),
+        ("mxfp8", "mxfp8", (256, 128), "bfloat16", "int8 with int8 or e4m3 with e4m3.*, got mxfp8_e4m3 and mxfp8_e4m3"),
+        ("int8_row", "fp8_e4m3_row", (256, 128), "bfloat16", "e4m3 with e4m3.*, got int8_row and fp8_e4m3_row"),
+        ("int8_row", "int8_g128", (256, 128), "bfloat16", "a scale a row or tensor, got int8_row and int8_g128"),
+        (None, "mxfp4", (256, 128), "bfloat16", "w in int4 or int8 with x in bfloat16, got mxfp4"),
+        (None, "int4_g128", (256, 128), "float32", "x in bfloat16 or in w's 8-bit format, got float32"),
+        (None, "int4_g32", (256, 128), "bfloat16", "multiples of 128 values, got int4_g32 with 32"),
+        (None, "int4_row", (320, 128), "bfloat16", "K and N that are multiples of 128, got 320 and 128"),
+        ("int8_row", "int8_row", (256, 96), "bfloat16", "K and N that are multiples of 128, got 256 and 96"),
+    ],
+)
+def test_what_kernels_cannot_multiply_is_told(inputs, weights, shape, dtype, words):
+    x, w = (jax.ShapeDtypeStruct(size, dtype) for size in ((4, shape[0]), shape))
+    how = Operands(inputs and get(inputs), get(weights))
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda x, w: quant_matmul(x, w, how, implementation="mosaic_gpu"), x, w)
