@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxpar.pallas_kernels.varying import varies_over, varying
+
 ROWS = 64
 """Rows of the first operand that one warpgroup multiplies (wgmma's M)."""
 MAY_INTERPRET = hasattr(plgpu, "InterpretGPUParams")
@@ -62,7 +64,7 @@ def kernel(
       approximate: take the chip's fast exp2, log2 and reciprocal.
     """
     more = {"kernel_name": name} if name else {}
-    return plgpu.kernel(
+    run = plgpu.kernel(
         body,
         out_type=list(outs),
         scratch_types=list(scratch),
@@ -77,6 +79,13 @@ def kernel(
         interpret=interpreter(interpret) or None,
         **more,
     )
+
+    def call(*arrays):
+        # Mosaic GPU's outputs do not say that they differ over a mesh axis that an input differs over.
+        axes = frozenset().union(*map(varies_over, arrays))
+        return [varying(out, axes) for out in run(*arrays)]
+
+    return call
 
 
 _TAKES_INDEX = "idx" in signature(plgpu.load).parameters

@@ -2,6 +2,7 @@
 races. `test_attention_mutants` shows that these checks see what is wrong, `test_attention_cuda_aot` that a GPU's compiler
 takes the kernels."""
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.attention import ATTENTION, MaskSpec, attention, mosaic_gpu
@@ -42,10 +43,9 @@ CASES = {
     ),
     "bidirectional, exact": Case((1, 128, 128, 1, 1, 128), MaskSpec(causal=False), jnp.bfloat16, tiles=TILES),
 }
-H200, B200 = (
-    AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=kind, num_cores=132, platform="gpu"))
-    for kind in ("NVIDIA H200", "NVIDIA B200")
-)
+DEVICES = [AbstractDevice(device_kind=kind, num_cores=132, platform="gpu") for kind in ("NVIDIA H200", "NVIDIA B200")]
+H200, B200 = (AbstractMesh((), (), abstract_device=device) for device in DEVICES)
+TWO = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=DEVICES[0])
 
 
 @cache
@@ -169,3 +169,19 @@ def test_who_gets_the_kernel():
         run = jax.jit(lambda *x: attention(*x, **call, implementation="mosaic_gpu"))
         text = run.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_it_lowers_forward_and_backward_for_a_gpu_inside_a_shard_map():
+    """Where JAX keeps account of what differs between devices."""
+    q = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
+
+    def both(q):
+        call = lambda q: attention(q, q, q, mask=MaskSpec(), scale=1.0, implementation="mosaic_gpu")
+        out, back = jax.vjp(call, q)
+        return back(out)[0]
+
+    with jax.sharding.use_abstract_mesh(TWO):
+        spec = PartitionSpec("data")
+        split = jax.jit(jax.shard_map(both, mesh=TWO, in_specs=spec, out_specs=spec))
+        text = split.trace(q).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(set(re.findall(r"attention_(?:forward|backward_q|backward_k)\b", text))) == 3
