@@ -151,7 +151,9 @@ def read(path: Path) -> Cache:
         )
         return Cache(str(content["chip"]), str(content["jax"]), str(content["driver"]), entries)
     except OSError as error:
-        raise ValueError(f"the tuning cache {path} cannot be read ({error.strerror}); {ANEW}, to another file") from error
+        raise ValueError(
+            f"the tuning cache {path} cannot be read ({error.strerror}); {ANEW}, to another file"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no whole tuning cache ({type(error).__name__}: {error}); remove the file, and {ANEW}"

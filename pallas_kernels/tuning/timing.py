@@ -19,6 +19,7 @@ import jax.numpy as jnp
 ROTATED_BYTES = 192 * 2**20
 """What the sets of inputs take together: three times an H200's second-level cache, and more than a TPU's VMEM."""
 MOST_SETS = 8
+MOST_TURNS = 4096
 
 
 def sets_for(arrays, rotated: int = ROTATED_BYTES) -> int:
@@ -33,7 +34,7 @@ class Sampler:
     Args:
       function: of arrays; traced as it is.
       sets: tuples of its arguments, on the device, of the same shapes.
-      shortest: seconds that a sample shall take at least, by which its turns are counted.
+      shortest: seconds that a sample shall take at least, by which its turns are doubled.
       cupti: try CUPTI first where the device is an NVIDIA GPU.
 
     Attributes:
@@ -53,14 +54,15 @@ class Sampler:
         self.compile_s = time.perf_counter() - start
         if self._profiled is None:
             self.idle = sorted(self._run(0) for _ in range(5))[2]
-            once = max(self._run(1) - self.idle, 1e-7)
-            self.turns = max(1, min(round(shortest / once), 1000))
+            while self.turns < MOST_TURNS and self._run(self.turns) - self.idle < shortest:
+                self.turns *= 2
 
     def sample(self) -> float:
         """Seconds of one call."""
         if self._profiled is not None:
             return self._profiled(self.sets)[1] * 1e-3 / len(self.sets)
-        return max(self._run(self.turns) - self.idle, 0.0) / (self.turns * len(self.sets))
+        # Not nothing, where noise of a machine with other work on it has made it less than an empty loop.
+        return max(self._run(self.turns) - self.idle, 1e-9) / (self.turns * len(self.sets))
 
     def output(self):
         """What the timed program has made of the first set."""
