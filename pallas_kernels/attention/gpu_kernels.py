@@ -44,9 +44,10 @@ class Settings:
       one_row: all batch rows have the same labels and spans, which are there once.
       columns: how many tokens of the other side a step takes.
       stages: how many steps the feeder may be ahead.
-      size: head size of the tiles, 64 or 128.
+      size: head size of the tiles, 64, 128 or 256.
       dtype: of the operands.
       interpret: whether the kernel will run in the interpreter.
+      outs: what it computes, by which `backward_k` knows whether it is to sum dk, dv or both.
     """
 
     kinds: Kinds
@@ -59,6 +60,7 @@ class Settings:
     size: int
     dtype: Any
     interpret: bool = False
+    outs: tuple[str, ...] = ()
 
     def mma(self, total, a, b, **more):
         return gpu.mma(total, a, b, interpret=self.interpret, **more)
@@ -148,6 +150,12 @@ def spread(x, shape: tuple[int, int], axis: int):
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
+def slot_of(settings: Settings, x, n):
+    """Where the tiles of step `n` are. With one stage that is always 0, which the compiler must not find out: it would keep the
+    address of every product in registers that the sums need."""
+    return lax.rem(n, settings.stages) if settings.stages > 1 else lax.div(n, settings.shared * x.steps)
+
+
 def masked(settings: Settings, x, logits, j, slot, rows_are: str):
     """Logits with -inf where nothing is seen; untouched where all of block `j` is seen by all of this block."""
     if not settings.kinds.names:
@@ -227,7 +235,7 @@ def forward(settings: Settings, names, *refs):
 
     def step(n, carry):
         sums, top, total = carry
-        slot = lax.rem(n, settings.stages)
+        slot = slot_of(settings, x, n)
         plgpu.barrier_wait(x.ready_0.at[slot])
         logits = settings.logits(x.q_tile.at[x.warpgroup], x.k_tile.at[slot], meanwhile=take_turns)
         logits = masked(settings, x, logits, x.first + n, slot, "q")
@@ -294,7 +302,7 @@ def backward_q(settings: Settings, names, *refs):
 
         def step(n, carry):
             sums, lse, drop = carry
-            slot = lax.rem(n, settings.stages)
+            slot = slot_of(settings, x, n)
             plgpu.barrier_wait(x.ready_0.at[slot])
             logits = settings.logits(x.q_tile.at[x.warpgroup], x.k_tile.at[slot])
             logits = masked(settings, x, logits, x.first + n, slot, "q")
@@ -319,20 +327,22 @@ def backward_q(settings: Settings, names, *refs):
 
 
 def backward_k_scratch(settings: Settings) -> dict:
+    more = ("v_tile",) if "dk" in settings.outs else ()
+    numbers = ("lse_rows", "drop_rows") if "dk" in settings.outs else ("lse_rows",)
     return settings.scratch(
-        ("k_tile", "v_tile", *settings.labels("rows")),
-        (("q_tile", "lse_rows", "drop_rows", *settings.labels("columns")), ("d_out_tile",)),
+        ("k_tile", *more, *settings.labels("rows")),
+        (("q_tile", *numbers, *settings.labels("columns")), ("d_out_tile",)),
     )
 
 
 def backward_k(settings: Settings, names, *refs):
-    """dk and dv of a block of keys, summed over the query heads that share it."""
+    """dk, dv or both of a block of keys, summed over the query heads that share it."""
     x = place(settings, names, refs, backwards=False)
     wide = lambda numbers: spread(numbers, (ROWS, settings.columns), 1)
 
-    def step(n, carry):
-        sum_k, sum_v = carry
-        slot = lax.rem(n, settings.stages)
+    def step(n, sums):
+        sums = dict(zip(settings.outs, sums, strict=True))
+        slot = slot_of(settings, x, n)
         plgpu.barrier_wait(x.ready_0.at[slot])
         logits = settings.logits(x.k_tile.at[x.warpgroup], x.q_tile.at[slot])
         logits = masked(settings, x, logits, x.first + lax.rem(n, x.steps), slot, "k")
@@ -340,48 +350,46 @@ def backward_k(settings: Settings, names, *refs):
         halves = weights.astype(settings.dtype)
         weights = settings.sloped(weights, logits)
         plgpu.barrier_wait(x.ready_1.at[slot])
-        sum_v = settings.mma(sum_v, halves, x.d_out_tile.at[slot])
-        d_weights = settings.mma(
-            (ROWS, settings.columns), x.v_tile.at[x.warpgroup], x.d_out_tile.at[slot], transposed=True
-        )
+        if "dv" in sums:
+            sums["dv"] = settings.mma(sums["dv"], halves, x.d_out_tile.at[slot])
+        if "dk" in sums:
+            d_weights = settings.mma(
+                (ROWS, settings.columns), x.v_tile.at[x.warpgroup], x.d_out_tile.at[slot], transposed=True
+            )
         plgpu.barrier_arrive(x.used_1.at[slot])
-        d_logits = weights * (d_weights - wide(gpu.load(x.drop_rows.at[slot], ACROSS)))
-        sum_k = settings.mma(sum_k, d_logits.astype(settings.dtype), x.q_tile.at[slot])
+        if "dk" in sums:
+            d_logits = weights * (d_weights - wide(gpu.load(x.drop_rows.at[slot], ACROSS)))
+            sums["dk"] = settings.mma(sums["dk"], d_logits.astype(settings.dtype), x.q_tile.at[slot])
         # As in `masked`: lse and drop were read.
         plgpu.commit_smem()
         plgpu.barrier_arrive(x.used_0.at[slot])
-        return sum_k, sum_v
+        return tuple(sums.values())
 
     def compute():
         marks = labels(x, settings, "k_labels", "rows", x.mine)
-        copy_rows(
-            x,
-            [
-                (x.k.at[x.batch, x.mine, x.head], x.k_tile),
-                (x.v.at[x.batch, x.mine, x.head], x.v_tile),
-                *marks,
-            ],
-        )
-        start = gpu.zeros((ROWS, settings.size)), gpu.zeros((ROWS, settings.size))
-        sum_k, sum_v = lax.fori_loop(0, settings.shared * x.steps, step, start)
-        x.k_tile.at[x.warpgroup][...] = (sum_k * settings.scale).astype(settings.dtype)
-        x.v_tile.at[x.warpgroup][...] = sum_v.astype(settings.dtype)
+        tiles = [(x.k, x.k_tile), (x.v, x.v_tile)] if "dk" in settings.outs else [(x.k, x.k_tile)]
+        copy_rows(x, [*((source.at[x.batch, x.mine, x.head], to) for source, to in tiles), *marks])
+        start = tuple(gpu.zeros((ROWS, settings.size)) for _ in settings.outs)
+        sums = dict(zip(settings.outs, lax.fori_loop(0, settings.shared * x.steps, step, start), strict=True))
+        if "dk" in sums:
+            sums["dk"] = sums["dk"] * settings.scale
+        # Each leaves by the place of a tile that is not needed any more.
+        leave = [(sums[name], tile, getattr(x, name)) for name, (_, tile) in zip(sums, tiles, strict=False)]
+        for total, tile, _ in leave:
+            tile.at[x.warpgroup][...] = total.astype(settings.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x.k_tile.at[x.warpgroup], x.dk.at[x.batch, x.mine, x.head])
-        plgpu.copy_smem_to_gmem(x.v_tile.at[x.warpgroup], x.dv.at[x.batch, x.mine, x.head])
+        for _, tile, out in leave:
+            plgpu.copy_smem_to_gmem(tile.at[x.warpgroup], out.at[x.batch, x.mine, x.head])
         plgpu.wait_smem_to_gmem(0)
 
     def copies(n):
         head = x.head * settings.shared + lax.div(n, x.steps)
         queries = pl.ds((x.first + lax.rem(n, x.steps)) * settings.columns, settings.columns)
+        numbers = [(x.lse, x.lse_rows), (x.drop, x.drop_rows)] if "dk" in settings.outs else [(x.lse, x.lse_rows)]
+        numbers = [(source.at[x.batch, head, queries], to) for source, to in numbers]
         marks = labels(x, settings, "q_labels", "columns", queries)
         return (
-            [
-                (x.q.at[x.batch, queries, head], x.q_tile),
-                (x.lse.at[x.batch, head, queries], x.lse_rows),
-                (x.drop.at[x.batch, head, queries], x.drop_rows),
-                *marks,
-            ],
+            [(x.q.at[x.batch, queries, head], x.q_tile), *numbers, *marks],
             [(x.d_out.at[x.batch, queries, head], x.d_out_tile)],
         )
 

@@ -7,7 +7,8 @@ them, and those of which all is seen are not masked. The backward pass is two ke
 in a fixed order: dq over blocks of keys; dk and dv over the query heads that share them and over blocks of queries. Nothing
 is added atomically: results are the same on every run.
 
-Head sizes are padded with zeros to 64 or 128, queries and keys to whole blocks of 128.
+Head sizes are padded with zeros to 64, 128 or 256, queries and keys to whole blocks of 128. With 256, dk and dv together do
+not fit a thread's registers: they are summed by a kernel each, which makes the weights once more.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jaxpar.pallas_kernels.attention.labels import Kinds, Labels, Span, kinds, l
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
 from jaxpar.pallas_kernels.tiles import Row, chip, look_up
 
-SIZES = (64, 128)
+SIZES = (64, 128, 256)
 """Head sizes of the tiles."""
 BLOCK = gpu_kernels.COMPUTE * gpu_kernels.ROWS
 """Rows of a block: queries by queries, keys by keys."""
@@ -51,7 +52,8 @@ class AttentionTiles:
 
 TABLE = (
     Row(AttentionTiles(128, 64, 64, stages=3, stages_q=3, stages_k=3), most=(("head_size", 64),)),
-    Row(AttentionTiles(128, 64, 64)),
+    Row(AttentionTiles(128, 64, 64), most=(("head_size", 128),)),
+    Row(AttentionTiles(64, 64, 64, stages_q=1, stages_k=1)),
 )
 """Tiles by head size. That they compile for Hopper GPUs and fit their registers is tested; which are fastest has not been
 measured."""
@@ -63,7 +65,7 @@ def misfit(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, ls
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 or float16, got {q.dtype}"
     if SIZES[-1] < K:
-        return f"takes a head size up to {SIZES[-1]} (two sums of 256 columns do not fit a thread's registers), got {K}"
+        return f"takes a head size up to {SIZES[-1]}, got {K}"
     if not B * T * S:
         return f"needs a row, a query and a key at least, got {B}, {T} and {S}"
     kind = versions.device_kind("cuda")
@@ -85,7 +87,8 @@ def plan(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, inte
       tiles: as they are, instead of those of the table.
     """
     if tiles is None:
-        tiles = look_up(TABLE, versions.device_kind("cuda"), head_size=q.shape[3])
+        sizes = dict(head_size=q.shape[3], queries=q.shape[1], keys=k.shape[1])
+        tiles = look_up(TABLE, versions.device_kind("cuda"), op=("attention", "mosaic_gpu"), dtype=q.dtype, **sizes)
     return HopperPlan(scale, cap, tiles, gpu.interpreter(interpret))
 
 
@@ -122,7 +125,11 @@ class HopperPlan:
         tiles = self.tiles
         (dq,) = call.by_queries(gpu_kernels.backward_q, arrays, {"dq": shape("q")}, tiles.keys_back, tiles.stages_q)
         outs = {"dk": shape("k"), "dv": shape("v")}
-        dk, dv = call.by_keys(gpu_kernels.backward_k, arrays, outs, tiles.queries_back, tiles.stages_k)
+        parts = [outs] if call.size < SIZES[-1] else [{name: out} for name, out in outs.items()]
+        sums = [
+            call.by_keys(gpu_kernels.backward_k, arrays, part, tiles.queries_back, tiles.stages_k) for part in parts
+        ]
+        dk, dv = (x for part in sums for x in part)
         cut = lambda found, like: found[:, : like.shape[1], :, : like.shape[3]]
         return cut(dq, q), cut(dk, k), cut(dv, v)
 
@@ -175,6 +182,7 @@ class Call:
             size=self.size,
             dtype=self.dtype,
             interpret=bool(plan.interpret),
+            outs=tuple(outs),
         )
         span, clear = spans
         span = [*span] if clear is None else [*span, *run_of(clear)]
@@ -189,7 +197,7 @@ class Call:
             warpgroups=gpu_kernels.COMPUTE + 1,
             scratch=scratch.values(),
             interpret=plan.interpret,
-            name=f"attention_{kernel.__name__}",
+            name="_".join(("attention", kernel.__name__, *outs)),
         )
         return call(*arrays.values())
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from tests.pallas_kernels import cuda_target
 from tests.processes import start
 
-CALLS = ((64, "float16", True), (128, "bfloat16", True), (128, "bfloat16", False))
+CALLS = ((64, "float16", True), (128, "bfloat16", True), (128, "bfloat16", False), (256, "bfloat16", True))
 """Head size, dtype, and whether the call has all that a mask has and a soft cap, or is causal only: each row of the block
 table, at its largest."""
+SPILLS = {64: 0, 128: 0, 256: 128}
+"""Bytes by head size, at most. With 256 the backward pass has too many addresses beside its sums."""
 QUERIES, HEADS = 4096, 8
 
 
@@ -62,23 +65,26 @@ def found(tmp_path_factory):
 
 
 @cuda_target.needs_compiler
-def test_every_row_of_the_table_compiles_without_spills_and_holds_no_logits(found):
+def test_every_row_of_the_table_compiles_into_registers_and_holds_no_logits(found):
     assert tuple((row["size"], row["dtype"], row["full"]) for row in found) == CALLS
     for row in found:
         size, short = row["size"], {"bfloat16": "bf16", "float16": "f16"}[row["dtype"]]
-        forward, backward_q, backward_k = (
-            next(one for name, one in row["kernels"].items() if name.startswith(f"attention_{kernel}"))
-            for kernel in ("forward", "backward_q", "backward_k")
-        )
-        assert len(row["kernels"]) == 3
         product = lambda columns, short=short: f"m64n{columns}k16.f32.{short}.{short}"
-        # Logits of 64 queries and the table's keys, and sums over the head size.
-        assert forward["products"] == sorted({product(128), product(size)})
-        assert backward_q["products"] == backward_k["products"] == sorted({product(64), product(size)})
+        kernels = [
+            "forward_out_lse",
+            "backward_q_dq",
+            *(["backward_k_dk", "backward_k_dv"] if size == 256 else ["backward_k_dk_dv"]),
+        ]
+        assert len(row["kernels"]) == len(kernels)
+        for kernel in kernels:
+            (made,) = (one for name, one in row["kernels"].items() if re.fullmatch(rf"attention_{kernel}_\d+", name))
+            # Logits of 64 queries and the table's keys, or of keys and queries, and sums over the head size.
+            logits = 128 if kernel.startswith("forward") and size <= 128 else 64
+            assert made["products"] == sorted({product(logits), product(size)}), (kernel, row)
         for kernel in row["kernels"].values():
             assert kernel["target"] == "sm_90a"
             assert kernel["copies"] > 0
-            assert kernel["spills"] == 0, row
+            assert kernel["spills"] <= SPILLS[size], row
             # At the launch every thread of three warpgroups has as many as there are.
             assert kernel["registers"] == 168
             assert kernel["shared"] <= cuda_target.SHARED_BYTES

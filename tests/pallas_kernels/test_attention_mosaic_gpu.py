@@ -41,7 +41,9 @@ CASES = {
         cap=4.0,
         tiles=mosaic_gpu.AttentionTiles(128, 128, 128),
     ),
-    "bidirectional, exact": Case((1, 128, 128, 1, 1, 128), MaskSpec(causal=False), jnp.bfloat16, tiles=TILES),
+    "bidirectional, exact": Case(
+        (1, 128, 128, 1, 1, 256), MaskSpec(causal=False), jnp.bfloat16, tiles=mosaic_gpu.TABLE[-1].tiles
+    ),
 }
 DEVICES = [AbstractDevice(device_kind=kind, num_cores=132, platform="gpu") for kind in ("NVIDIA H200", "NVIDIA B200")]
 H200, B200 = (AbstractMesh((), (), abstract_device=device) for device in DEVICES)
@@ -154,11 +156,11 @@ def test_the_runs_of_blocks_that_need_no_mask_are_those_of_which_all_is_seen():
 
 def test_who_gets_the_kernel():
     shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
-    q, k, wide = shape(1, 256, 4, 64), shape(1, 256, 2, 64), shape(1, 256, 2, 256)
+    q, k, wide = shape(1, 256, 4, 64), shape(1, 256, 2, 64), shape(1, 256, 2, 264)
     call = dict(mask=MaskSpec(), scale=1.0, lse_out=True)
     reason = lambda *x, **more: {v.name: v for v in explain(ATTENTION, *x, **call | more)}["mosaic_gpu"].reason
     assert reason(q, k, k) == "runs on NVIDIA GPUs, and here are CPUs only"
-    assert reason(wide, wide, wide).endswith("got 256")
+    assert reason(wide, wide, wide).endswith("got 264")
     assert reason(*[shape(1, 8, 2, 64, dtype=jnp.float32)] * 3) == "takes bfloat16 or float16, got float32"
     assert reason(q, shape(1, 0, 2, 64), shape(1, 0, 2, 64)).endswith("got 1, 256 and 0")
     with jax.sharding.use_abstract_mesh(B200):
@@ -184,4 +186,4 @@ def test_it_lowers_forward_and_backward_for_a_gpu_inside_a_shard_map():
         spec = PartitionSpec("data")
         split = jax.jit(jax.shard_map(both, mesh=TWO, in_specs=spec, out_specs=spec))
         text = split.trace(q).lower(lowering_platforms=("cuda",)).as_text()
-    assert len(set(re.findall(r"attention_(?:forward|backward_q|backward_k)\b", text))) == 3
+    assert len(set(re.findall(r"attention_(?:forward_out_lse|backward_q_dq|backward_k_dk_dv)\b", text))) == 3
