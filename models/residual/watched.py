@@ -63,7 +63,10 @@ def shares(read, state: Stack):
         x = read(state)
         return jnp.stack(x[:3]) if isinstance(x, Streams) else jnp.stack([x] * 3)
 
-    _, response = jax.linearize(three, state)
+    # How the read responds, by transposing its gradients: sums over slots have no forward-mode rule.
+    x, pull = jax.vjp(three, state)
+    _, transposed = jax.vjp(lambda cotangent: pull(cotangent)[0], jnp.zeros_like(x))
+    response = lambda tangent: transposed(tangent)[0]
     found = []
     for tangent in sources_of(state):
         v = jax.tree.reduce(jnp.add, jax.tree.map(lambda x: x.sum(0) if x.ndim == 4 else x, tangent))
