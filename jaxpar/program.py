@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxpar.parallel.rules import Rules, batch_sharding, check, constrain, shard
 from jaxpar.parallel.sequence.choose import copies
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TensorConfig
-from jaxpar.programs.attention import check_attention
+from jaxpar.programs.attention import Spread, check_attention
 from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
 from jaxpar.programs.routes import over_routes
 from jaxpar.programs.sequence import layout_for, settled
@@ -122,11 +122,11 @@ def build(
     sequence, note = settled(sequence, cfg, sizes, first.device_kind, on_host, rows=rows, length=length)
     used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor, quantise=quantise)
     tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
-    check_attention(cfg, mesh, rows, length)
+    check_attention(cfg, mesh, rules, rows, length)
     param_shardings = shardings(tree, mesh, rules)
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
     ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))
-    training = training_ops(ops, tensor, mesh, rules)
+    training = training_ops(replace(ops, attention=Spread(mesh, rules)), tensor, mesh, rules)
     training = training if quantise is None else quantise.ops(training)
     hand = hand_for(tensor, sizes, tree, rules)
     if staged:
@@ -206,19 +206,26 @@ def checked(
         quantise.check(cfg, sizes, tensor, length)
     cfg.exits.check_stages(sizes["stage"] if pipeline is not None else 1)
     spread = {
-        f"layers lie on {sizes['stage']} stages": pipeline is not None,
         f"tokens lie on {sizes['sequence']} devices": sizes["sequence"] > 1,
         f"products are spread by hand (tensor.products = {tensor.products!r})": tensor.by_hand(sizes),
     }
+    shards = sizes["tensor"] if tensor.by_hand(sizes) else 1
+    cfg.residual.check_spread(cfg, sizes["sequence"], shards, length)
     for part in (cfg.feedforward, cfg.depth):
         part.check_spread(next((how for how, so in spread.items() if so), None))
     if pipeline is not None:
         placement = straight(sizes["stage"])
+        if cfg.depth.sparse and pipeline.executor == "autodiff":
+            raise ValueError(
+                "pipeline.executor = 'autodiff' differentiates what waiting stages compute too, and mixture of depths puts the "
+                "gradient of its predictors in where each layer is; leave the executor at auto"
+            )
         if rows is not None:
             order = table_for(pipeline, sizes, rules, rows, tensor).order
             placement = order.placement
             if any(list(path) != list(range(placement.stages)) for path in order.paths):
                 cfg.residual.check_route(order.paths)
+                cfg.exits.check_paths(order.paths, placement.stages)
         Split(cfg.layers, placement)
     return tree, rules
 

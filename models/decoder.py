@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxpar.models import layers
+from jaxpar.models import layers, reach
 from jaxpar.models import spec as specs
 from jaxpar.models.cache import KVCache, Pages
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops, dropout
 from jaxpar.models.loss import cross_entropy
 from jaxpar.models.residual import write_once
+from jaxpar.models.residual.base import Behind
 from jaxpar.models.route import Route
 from jaxpar.models.routing import skip
 from jaxpar.models.routing.record import Record
@@ -83,6 +84,7 @@ class LossSums:
 def spec(cfg: ModelConfig) -> Tree:
     """Every parameter's `ParamSpec`, layers stacked."""
     embedding = {"tokens": ParamSpec((cfg.vocabulary, cfg.width), ("vocabulary", "embed"), Normal(cfg.init_std))}
+    first = {"residual": residual} if (residual := cfg.residual.first_spec(cfg)) else {}
     head = {"norm": cfg.norm.spec(cfg.width)}
     if residual := cfg.residual.head_spec(cfg):
         head["residual"] = residual
@@ -93,7 +95,7 @@ def spec(cfg: ModelConfig) -> Tree:
             "kernel": ParamSpec((cfg.width, cfg.vocabulary), ("embed", "vocabulary"), Normal(cfg.init_std))
         }
     return {
-        "embedding": {**embedding, **cfg.positions.spec(cfg)},
+        "embedding": {**embedding, **cfg.positions.spec(cfg), **first},
         "layers": specs.stack(layers.spec(cfg), cfg.layers),
         "head": head,
     }
@@ -117,18 +119,33 @@ def embed(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context):
     # Spread as an activation before the lookup: with its width still sharded, XLA's partitioner gives up on resharding
     # what was looked up, and replicates it ("involuntary full rematerialization").
     table_VxD = ctx.ops.constrain(params["embedding"]["tokens"], ("vocabulary", "embed"))
-    x_BxSxD = shards.lookup(table_VxD, tokens_BxT).astype(dtype)
-    if cfg.embedding_scale is not None:
-        x_BxSxD = x_BxSxD * jnp.asarray(cfg.embedding_scale, dtype)
-    if "positions" in params["embedding"]:
-        table_PxD = ctx.ops.constrain(params["embedding"]["positions"], (None, "embed"))
-        x_BxSxD = x_BxSxD + table_PxD[shards.own(ctx.positions_of(tokens_BxT.shape))].astype(dtype)
+
+    def embedded(x_BxSxD, positions_BxS):
+        x_BxSxD = x_BxSxD.astype(dtype)
+        if cfg.embedding_scale is not None:
+            x_BxSxD = x_BxSxD * jnp.asarray(cfg.embedding_scale, dtype)
+        if "positions" in params["embedding"]:
+            table_PxD = ctx.ops.constrain(params["embedding"]["positions"], (None, "embed"))
+            x_BxSxD = x_BxSxD + table_PxD[positions_BxS].astype(dtype)
+        return x_BxSxD
+
+    positions_BxT = ctx.positions_of(tokens_BxT.shape)
+    x_BxSxD = embedded(shards.lookup(table_VxD, tokens_BxT), shards.own(positions_BxT))
     x_BxSxD = ctx.ops.constrain(x_BxSxD, ("batch", "stream", "embed"))
     x_BxSxD = dropout(cfg, ctx, x_BxSxD, layer=0, site=0)
-    return cfg.residual.init(cfg, x_BxSxD)
+    if not cfg.residual.first_spec(cfg):
+        return cfg.residual.init(cfg, x_BxSxD)
+    n = cfg.residual.first_reach(cfg) - 1
+    if ctx.cache is None:
+        before = jnp.zeros((x_BxSxD.shape[0], n, cfg.width), dtype)
+    else:
+        slots_Bxn = jnp.maximum(reach.slots_before(ctx.cache.lens, n), 0)
+        before = embedded(table_VxD[jnp.take_along_axis(ctx.cache.tokens, slots_Bxn, axis=1)], slots_Bxn)
+    found = Behind(reach.extended(ctx, before, x_BxSxD), reach.documents(ctx, tokens_BxT.shape, n))
+    return cfg.residual.init(cfg, x_BxSxD, params["embedding"]["residual"], found)
 
 
-def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) -> tuple[Any, Aux]:
+def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, tally=None) -> tuple[Any, Aux]:
     """Run a slice of the stack: contiguous, or the layers of a route (`ctx.route`, see `through`).
 
     Args:
@@ -137,6 +154,7 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
       ctx: `ctx.cache`, where given, holds these n layers.
       first_layer: the index of the first of them in the whole model; may be traced (a pipeline stage). Where
         `ctx.route` names n layers, they are those instead.
+      tally: what the layers before counted, which is counted on from. None: from nothing.
 
     Returns:
       The state after the last of them, and `Aux`.
@@ -150,7 +168,7 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
     known = isinstance(first_layer, int | np.integer)
     layers_n = (np if known else jnp).arange(n) + first_layer if route.layers is None else route.layers
     kinds_n = layers.kinds_of(cfg, layers_n)
-    pages = pages_of(cfg, ctx, tables)
+    pages = pages_of(cfg, ctx, tables, tally)
 
     def layer(kind, params, state, pages, number, i):
         state, pages = layers.side_by_side(cfg, params, state, pages, contexts, tables, number, i, kind)
@@ -181,17 +199,18 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0) 
         (state, pages), _ = jax.lax.scan(body, (state, pages), xs)
     if pages is None:
         return state, Aux()
-    cache = None if ctx.cache is None else ctx.cache.replace(k=pages.k, v=pages.v, there=pages.there)
+    written = dict(k=pages.k, v=pages.v, there=pages.there, behind=pages.behind)
+    cache = None if ctx.cache is None else ctx.cache.replace(**written)
     return state, Aux(cache, pages.record, pages.tally)
 
 
-def pages_of(cfg: ModelConfig, ctx: Context, tables: list) -> Pages | None:
+def pages_of(cfg: ModelConfig, ctx: Context, tables: list, tally=None) -> Pages | None:
     """What goes from layer to layer beside the state; None where nothing does."""
     shape = tables[0].positions.shape
     if ctx.cache is not None:
-        pages = Pages(ctx.cache.k, ctx.cache.v, ctx.cache.there)
+        pages = Pages(ctx.cache.k, ctx.cache.v, ctx.cache.there, ctx.cache.behind)
     else:
-        pages = Pages(tally=cfg.feedforward.tally(cfg, ctx, shape))
+        pages = Pages(tally=cfg.feedforward.tally(cfg, ctx, shape) if tally is None else tally)
     if ctx.skip is not None:
         skip.check(ctx.skip.policy, cfg)
         pages = pages.replace(record=Record.start(cfg, *shape))
@@ -388,4 +407,5 @@ def advance(cfg: ModelConfig, params: Tree, tokens_BxQ, ctx: Context, counts_B=N
     x_BxTxD = final_norm(cfg, params, state)
     if last:
         x_BxTxD = jnp.take_along_axis(x_BxTxD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
-    return logits_of(cfg, params, x_BxTxD, ctx.ops), aux.cache.replace(lens=ctx.cache.lens + counts_B), aux
+    cache = reach.noted(aux.cache, tokens_BxQ).replace(lens=ctx.cache.lens + counts_B)
+    return logits_of(cfg, params, x_BxTxD, ctx.ops), cache, aux

@@ -10,9 +10,10 @@ from functools import cache, partial
 import jax
 import numpy as np
 
+from jaxpar.adaptive.curriculum import exit_weights
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
-from jaxpar.models.exits.config import Adapter, Exits, Free
+from jaxpar.models.exits.config import Adapter, EeLlm, Exits, Free
 from jaxpar.models.feedforward.dense import MLP
 from jaxpar.models.feedforward.duo import Duo
 from jaxpar.models.norms import LayerNorm, RMSNorm
@@ -21,6 +22,7 @@ from jaxpar.models.residual.attention_residuals import AttentionResiduals
 from jaxpar.models.residual.deep_delta import DeepDelta
 from jaxpar.models.residual.manifold import ManifoldHyperConnections
 from jaxpar.models.residual.mudd import MuddFormer
+from jaxpar.models.residual.short_window import ShortWindow
 from jaxpar.models.routing.depth import MixtureOfDepths
 from jaxpar.models.spec import path_name
 from jaxpar.optimisers import make
@@ -57,12 +59,19 @@ MODELS = {
     "attention residuals": LLAMA.replace(layers=4, residual=AttentionResiduals(block=3)),
     "hyper-connections": LLAMA.replace(layers=4, residual=ManifoldHyperConnections(streams=2)),
     "deep delta": LLAMA.replace(layers=4, residual=DeepDelta(channels=4)),
+    "deep delta over tokens": LLAMA.replace(
+        layers=4, residual=DeepDelta(channels=2, compressor="tokens", embedding="convolution")
+    ),
+    "short window": LLAMA.replace(layers=4, residual=ShortWindow(4)),
     "two modules": LLAMA.replace(layers=4, feedforward=Duo(small=1 / 8, skip=0.2)),
     "two modules, routers": LLAMA.replace(
         layers=4, feedforward=Duo(small=1 / 8, routing="learned", budget=0.25, strength=10.0)
     ),
     "mixture of depths": LLAMA.replace(layers=4, depth=MixtureOfDepths(capacity=0.3)),
     "mudd": LLAMA.replace(layers=4, residual=MuddFormer()),
+    "exits in stages": LLAMA.replace(
+        layers=5, dropout=0.1, exits=Exits((1, 2, 4), Adapter(4), EeLlm((0.3, 0.5, 0.7), "cool_down", 4))
+    ),
     "exits": LLAMA.replace(layers=2, dropout=0.1, exits=Exits((1,), Adapter(4), Free(0.5))),
 }
 # A large epsilon, so that a gradient that is nothing but rounding does not become a step of full size.
@@ -88,11 +97,14 @@ def batch_of(step: int, rows: int = ROWS, length: int = LENGTH) -> Batch:
 
 
 def run(cfg, mesh_config: MeshConfig, microbatches: int = 1, rows: int = ROWS, length: int = LENGTH, **how):
-    """Loss and gradients of the first batch, the losses of three steps, and the parameters behind them."""
+    """Gradients of the first batch, the losses of three steps (with those at exits: [steps, 1 or more]), and the parameters
+    behind them."""
     mesh = make_mesh(mesh_config, jax.devices()[: np.prod(list(mesh_config.sizes.values()))])
     program = build(cfg, mesh, rows=rows // microbatches, length=length, **how)
     tx = make(OPTIMISER, program.specs, steps=STEPS)
-    step = chain(make_step(program.grad_fn, tx), accumulate(microbatches), clip_global(1.0))
+    step = chain(
+        make_step(program.grad_fn, tx), accumulate(microbatches), exit_weights(cfg.exits, cfg.layers), clip_global(1.0)
+    )
     # The state is made once, without a mesh, and put in place; that `init` is bitwise the same on every mesh has a test
     # of its own. Gradients come out of the very step that uses them: one program a mesh is compiled.
     places = jax.tree.map(lambda x: x.sharding, abstract_state(step, program, jax.random.key(1)))
@@ -103,12 +115,13 @@ def run(cfg, mesh_config: MeshConfig, microbatches: int = 1, rows: int = ROWS, l
     def update(state, batch):
         gradients = step.gradients(state, batch, None)
         new, metrics = step.apply(state, gradients, None)
-        return new, metrics["loss"], gradients.mean()
+        losses = [metrics["loss"], *(each / gradients.weight_sum for each in gradients.aux.values())]
+        return new, losses, gradients.mean()
 
     losses, first = [], None
     for i in range(STEPS):
-        state, loss, grads = update(state, put(batch_of(i, rows, length)))
-        losses.append(float(loss))
+        state, each, grads = update(state, put(batch_of(i, rows, length)))
+        losses.append(list(map(float, each)))
         first = jax.device_get(grads) if first is None else first
     return first, losses, jax.device_get(state.params)
 
@@ -132,7 +145,7 @@ def errors(found, expected) -> dict[str, tuple[float, str]]:
     """The worst relative error of losses, gradients and parameters, and which tensor (or step) has it."""
     grads, losses, params = found
     off = np.abs(np.subtract(losses, expected[1])) / np.abs(expected[1])
-    worst = {"losses": (float(off.max()), f"step {int(off.argmax()) + 1}")}
+    worst = {"losses": (float(off.max()), f"step {int(off.max(axis=1).argmax()) + 1}")}
     for name, ours, theirs in (("gradients", grads, expected[0]), ("parameters", params, expected[2])):
         # A key's bias has no gradient but rounding (the softmax takes it out): measured against the whole tree.
         least = 1e-3 * np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(theirs)))

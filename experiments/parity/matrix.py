@@ -3,7 +3,8 @@ products over the tensor axis, beside one device.
 
 Command:   python -m jaxpar.experiments.parity.matrix                       (8 fake devices, models llama, gpt2, gemma)
            python -m jaxpar.experiments.parity.matrix --devices 16 --models llama
-           python -m jaxpar.experiments.parity.matrix --only "sequence=2"   (the case of this name, or all that have it in it)
+           python -m jaxpar.experiments.parity.matrix --models "exits in stages" --only "stage(2)"
+           python -m jaxpar.experiments.parity.matrix --only "sequence(2)"   (the case of this name, or all that have it in it)
 Expected:  a quarter to half a minute a case on two CPU cores, nearly all of it compiling: one to two hours for 8 devices (229
            cases), two for 16 (334). Every line ends with ok; results/matrix_<devices>.json and .md are written after each
            case, and a case that stands there is not run again. The exit code is 1 where one differs.
@@ -34,6 +35,8 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v")
 HOWS = (("one-kind", "inputs"), ("one-kind", "residuals"), ("mixed", "inputs"), ("mixed", "residuals"))
 PRODUCTS = ("sharded", "gathered", "ring", "weave")
 """Beside "whole", which all other cases have."""
+INSIDE = ("exits in stages", "two modules, routers", "mixture of depths")
+"""Models with losses of their own inside of stages: where asked for, in every schedule too."""
 
 
 def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfig, dict]]:
@@ -54,6 +57,11 @@ def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfi
             for ticks, keep in HOWS:
                 how = PipelineConfig(schedule, 4, ticks=ticks, keep=keep)
                 yield f"llama: {mesh}, {schedule}, {ticks}, {keep}", "llama", mesh, {"pipeline": how}
+    for model in (name for name in INSIDE if name in models):
+        mesh = MeshConfig.parse(f"data={devices // 8},stage=2")
+        for schedule in SCHEDULES:
+            how = PipelineConfig(schedule, 4, keep="residuals")
+            yield f"{model}: {mesh}, {schedule}, residuals", model, mesh, {"pipeline": how}
     for text, used in (
         (f"data={devices // 4},fsdp=2,tensor=2", models),
         (f"data={devices // 8},stage=2,fsdp=2,tensor=2", models),

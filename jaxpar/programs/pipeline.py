@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -30,7 +30,8 @@ from jaxpar.parallel.pipeline.tasks import Placement
 from jaxpar.parallel.rules import Rules
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
-from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, local_attention
+from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, spread_attention
+from jaxpar.programs.stages import Places, parts_of
 from jaxpar.programs.tensor import hand_specs
 from jaxpar.step import Batch
 
@@ -99,10 +100,16 @@ class PipelineProgram:
     def gradients(self, params: Tree, batch: Batch, key, route: Route | None = None) -> tuple:
         """`LossSums` and the gradient of loss_sum, placed as the parameters are.
 
+        Args:
+          route: what exits weigh in this step, and nothing else.
+
         Raises:
-          ValueError: a route: here the schedule says which stages a microbatch visits.
+          ValueError: a route of layers: here the schedule says which stages a microbatch visits.
         """
         refuse(route)
+        at, weights = self.cfg.exits.at, None if route is None else route.exits
+        if at and weights is None and key is not None:
+            weights = self.cfg.exits.loss.weights(at, self.cfg.layers)
         table = self.table(batch.tokens.shape[0])
         oracle = self.pipeline.executor == "autodiff"
 
@@ -112,8 +119,8 @@ class PipelineProgram:
             options = dict(axes=self.by_hand, executor=self.pipeline.executor)
             return execute.gradients(table, parts, shared, layers, pieces, micros, **options)
 
-        def local(shared, layers, batch, places, key):
-            parts, pieces, micros = self.model(split, batch, places, key, table.order.microbatches)
+        def local(shared, layers, batch, places, key, weights):
+            parts, pieces, micros = self.model(split, batch, places, key, table.order.microbatches, weights)
             loss, d_shared, d_layers = run(parts, *self.whole(shared, layers), pieces, micros)
             d_shared = jax.tree.map(lambda g: jax.lax.psum(g, STAGE), d_shared)
             d_layers = jax.tree.map(lambda g: g[None], d_layers)
@@ -124,9 +131,10 @@ class PipelineProgram:
         shared_specs, layer_specs = self.param_specs()
         shared, layers = self.deal(params, split)
         outs = (PartitionSpec(), shared_specs, layer_specs)
-        loss, d_shared, d_layers = self.mapped(local, outs)(shared, layers, *self.arrange(batch), key)
+        sums, d_shared, d_layers = self.mapped(local, outs)(shared, layers, *self.arrange(batch), key, weights)
         grads = {**d_shared, LAYERS: self.collect(d_layers, split)}
-        return decoder.LossSums(loss, jnp.sum(batch.weights.astype(jnp.float32))), grads
+        loss, exits = (sums, None) if weights is None else (sums[0], sums[1:])
+        return decoder.LossSums(loss, jnp.sum(batch.weights.astype(jnp.float32)), exits), grads
 
     def loss(self, params: Tree, batch: Batch, key, route: Route | None = None) -> decoder.LossSums:
         """The sums alone: forwards only, stage after stage."""
@@ -135,13 +143,13 @@ class PipelineProgram:
         rows = batch.tokens.shape[0] // math.prod(self.sizes[a] for a in self.rows)
         m = microbatches(replace(self.pipeline, microbatches=None), self.tensor, self.sizes, rows)
 
-        def local(shared, layers, batch, places, key):
-            parts, pieces, micros = self.model(split, batch, places, key, m)
+        def local(shared, layers, batch, places, key, weights):
+            parts, pieces, micros = self.model(split, batch, places, key, m, weights)
             found = autodiff.loss(parts, *self.whole(shared, layers), pieces, micros, axes=self.by_hand)
             return jax.lax.psum(found, self.by_hand)
 
         run = self.mapped(local, PartitionSpec())
-        found = run(*self.deal(params, split), *self.arrange(batch), key)
+        found = run(*self.deal(params, split), *self.arrange(batch), key, None)
         return decoder.LossSums(found, jnp.sum(batch.weights.astype(jnp.float32)))
 
     # -- what is around the table ---------------------------------------------------------------------------------------
@@ -152,7 +160,7 @@ class PipelineProgram:
         mesh, tokens = self.inside
         rows, tokens = (tuple(a for a in axes if a in self.by_hand) for axes in (self.rows, tokens))
         batch = batch_specs(rows, tokens)
-        in_specs = (shared_specs, layer_specs, batch, PartitionSpec(tokens), PartitionSpec())
+        in_specs = (shared_specs, layer_specs, batch, PartitionSpec(tokens), PartitionSpec(), PartitionSpec())
         return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.by_hand))
 
     def arrange(self, batch: Batch) -> tuple[Batch, jax.Array]:
@@ -162,44 +170,23 @@ class PipelineProgram:
         layout = layout_for(self.sequence, self.sizes, batch.tokens.shape[1])
         return arranged(layout, batch), jnp.asarray(layout.positions)
 
-    def model(self, split: Split, batch: Batch, places, key, m: int):
-        """The model as parts, what each chunk is told, and this device's rows as m microbatches."""
+    def model(self, split: Split, batch: Batch, places, key, m: int, weights=None):
+        """The model as parts (`weights`: see `parts_of`), what each chunk is told, and this device's rows as m
+        microbatches."""
         cfg, ops = self.cfg, self.ops
         if self.sizes[SEQUENCE] > 1:
-            ops = replace(ops, attention=local_attention(self.sequence, self.inside[1]))
+            ops = replace(ops, attention=spread_attention(ops.attention, self.sequence, self.inside[1]))
 
         def context(micro: Batch) -> Context:
             return Context(
                 micro.positions, micro.segments, key=key, sample_ids=micro.sample_ids, places=places, ops=ops
             )
 
-        def middle(layers, wire, piece, micro):
-            (first, count), ctx = piece, context(micro)
-            state = decoder.from_wire(cfg, wire, ctx)
-            if split.even:
-                state, _ = decoder.blocks(cfg, layers, state, ctx, first)
-            else:
-                state = some_layers(cfg, layers, state, ctx, first, count)
-            return decoder.to_wire(cfg, state, ctx)
-
-        def start(shared, micro):
-            ctx = context(micro)
-            return decoder.to_wire(cfg, decoder.embed(cfg, shared, micro.tokens, ctx), ctx)
-
-        def last(shared, wire, micro):
-            ctx = context(micro)
-            state = decoder.from_wire(cfg, wire, ctx)
-            return decoder.head(cfg, shared, state, ctx, micro.targets, micro.weights).loss_sum
-
-        parts = execute.Parts(
-            first=start,
-            middle=middle,
-            last=last,
-        )
         device = jax.lax.axis_index(STAGE)
-        pieces = tuple(jnp.asarray(x)[device] for x in (split.first, split.count))
+        told = split.first, split.count, Places(() if weights is None else cfg.exits.at, split).which
+        pieces = tuple(jnp.asarray(x)[device] for x in told)
         micros = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), batch)
-        return parts, pieces, micros
+        return parts_of(cfg, split, context, weights), pieces, micros
 
     def param_specs(self) -> tuple[Tree, Tree]:
         """`PartitionSpec`s over the axes by hand: of the shared parameters, and of the layers as they are dealt out,
@@ -269,7 +256,7 @@ class PipelineProgram:
 
 
 def refuse(route: Route | None) -> None:
-    if route is not None:
+    if route is not None and any(x is not None for x in (route.layers, route.keep, route.scale)):
         raise ValueError(
             "in a pipeline the schedule says which stages a microbatch visits, and here a route says it too; set "
             "pipeline.schedule to skippipe, checkfree+ or a .csv file, or build the program with staged=False, which runs "
@@ -324,21 +311,3 @@ def microbatches(pipeline: PipelineConfig, tensor: TensorConfig, sizes: Mapping[
 def straight(stages: int) -> Placement:
     """One chunk a device, in order."""
     return Placement(tuple((s,) for s in range(stages)))
-
-
-def some_layers(cfg: ModelConfig, layers: Tree, state, ctx: Context, first, count):
-    """The first `count` of n layers, `count` traced: the others run too, on copies, and are thrown away."""
-    n = jax.tree.leaves(layers)[0].shape[0]
-
-    def one(state, xs):
-        layer, j = xs
-        run, _ = decoder.blocks(
-            cfg, jax.tree.map(lambda x: x[None], layer), state, ctx, first + jnp.minimum(j, count - 1)
-        )
-        return jax.tree.map(partial(jnp.where, j < count), run, state), None
-
-    if cfg.layer_loop == "unroll":
-        for j in range(n):
-            state, _ = one(state, (jax.tree.map(lambda x, j=j: x[j], layers), jnp.int32(j)))
-        return state
-    return jax.lax.scan(one, state, (layers, jnp.arange(n)))[0]

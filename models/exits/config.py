@@ -65,11 +65,26 @@ class Exits:
             )
 
     def check_stages(self, stages: int) -> None:
-        """Raises ValueError where the layers are spread over stages."""
-        if self.at and stages > 1:
+        """Raises ValueError where the loss cannot be had with the layers spread over stages."""
+        if self.at and stages > 1 and self.loss.distillation:
             raise ValueError(
-                f"model.exits.at = {self.at} has heads between the layers, and a pipeline of {stages} stages has its head "
-                "behind the last one only; train exits on a mesh with stage=1 (data, fsdp, tensor and sequence are free)"
+                f"model.exits.loss.distill = {self.loss.distillation} draws the exit behind layer {self.at[0]} to the last "
+                f"layer's state, which in a pipeline of {stages} stages is not there yet where the exit is; set it to 0, or "
+                "train on a mesh with stage=1 (data, fsdp, tensor and sequence are free)"
+            )
+
+    def check_paths(self, paths, stages: int) -> None:
+        """Raises ValueError where microbatches leave stages out or take them in another order.
+
+        Args:
+          paths: the stages that each microbatch visits.
+        """
+        odd = [i for i, path in enumerate(paths) if list(path) != list(range(stages))]
+        if self.at and odd:
+            raise ValueError(
+                f"model.exits.at = {self.at} are places in the stack, and in this schedule microbatch {odd[0]} visits stages "
+                f"{tuple(paths[odd[0]])} of {stages}; take one where all visit each in order: gpipe, 1f1b, interleaved, zb-h1, "
+                "zb-v, dualpipe-v"
             )
 
     def spec(self, cfg) -> dict:

@@ -20,7 +20,7 @@ class FeedForwardLayer:
         """Raises ValueError where this layer cannot be combined with the model; `cfg` has its derived sizes."""
 
     def check_spread(self, spread: str | None) -> None:
-        """Raises ValueError where this layer needs whole rows and every layer in one program, and `spread` says how they are
+        """Raises ValueError where this layer needs whole rows in one place, and `spread` says how they are
         spread (None: they are not)."""
 
     def spec(self, cfg) -> dict:

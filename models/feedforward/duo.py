@@ -115,9 +115,9 @@ class Duo(FeedForwardLayer):
     def check_spread(self, spread: str | None) -> None:
         if self.routing == "learned" and spread is not None:
             raise ValueError(
-                "feedforward.routing = 'learned' holds a budget over a row's tokens and all layers, which must be in one "
-                f"program, and here {spread}; train routers on a mesh of data, fsdp and tensor axes with tensor.products = "
-                "'whole', or with feedforward.routing = 'random', which any mesh can"
+                "feedforward.routing = 'learned' holds a budget over a row's tokens, which must be in one place, and here "
+                f"{spread}; train routers on a mesh of data, stage, fsdp and tensor axes with tensor.products = 'whole', or "
+                "with feedforward.routing = 'random', which any mesh can"
             )
 
     def spec(self, cfg) -> dict:

@@ -72,7 +72,8 @@ class MixtureOfDepths:
         if not isinstance(cfg.residual, Plain):
             raise ValueError(
                 f"tokens pass a layer by where the stream stays as it is, but model.residual = "
-                f"{type(cfg.residual).__name__} keeps more than one stream; only Plain can be combined with mixture of depths"
+                f"{type(cfg.residual).__name__} keeps more than one stream or reads earlier tokens'; only Plain can be combined "
+                "with mixture of depths"
             )
         if cfg.dropout:
             raise ValueError(
@@ -87,8 +88,8 @@ class MixtureOfDepths:
     def check_spread(self, spread: str | None) -> None:
         if spread is not None:
             raise ValueError(
-                f"mixture of depths picks the highest of a whole row's tokens, and here {spread}; train on a mesh of data, fsdp "
-                "and tensor axes with tensor.products = 'whole'"
+                f"mixture of depths picks the highest of a whole row's tokens, and here {spread}; train on a mesh of data, "
+                "stage, fsdp and tensor axes with tensor.products = 'whole'"
             )
 
     def spec(self, cfg) -> dict:

@@ -28,7 +28,7 @@ def loss(
     axis: str = "stage",
     axes: Iterable[str] = (),
 ) -> jax.Array:
-    """The summed loss of all microbatches: this device's part, which is all of it on the last stage and 0 elsewhere.
+    """The summed loss of all microbatches, of `parts.last`'s shape: this device's part, on the last stage and at exits.
 
     Arguments as for `execute.gradients`, with one chunk a device.
     """
@@ -49,14 +49,22 @@ def loss(
         takes = active & (device > 0)
         x = jax.tree.map(lambda a, b: jnp.where(takes, b, a), parts.first(shared, micro), received)
         y = everywhere(parts.middle(layers, x, piece, micro))
+        y, at_exits = y if parts.exits else (y, ())
+        none = lambda y: everywhere(jnp.zeros(total.shape, jnp.float32))
+        some = lambda f: lambda y: everywhere(f(shared, y, micro).astype(jnp.float32))
         ends = active & (device == devices - 1)
-        last = lambda y: everywhere(parts.last(shared, y, micro).astype(jnp.float32))
-        total = total + jax.lax.cond(ends, last, lambda y: everywhere(jnp.zeros((), jnp.float32)), y)
+        found = jax.lax.cond(ends, some(parts.last), none, y)
+        exits = zip(parts.exits, parts.which(piece), at_exits, strict=True) if parts.exits else ()
+        for functions, there, state in exits:
+            found += jax.lax.switch(jnp.where(active, there, 0), [none, *map(some, functions)], state)
+        total = total + found
         return (jax.tree.map(lambda x: jax.lax.ppermute(x, axis, route), y), total), None
 
-    state = jax.eval_shape(lambda: parts.first(shared, jax.tree.map(lambda x: x[0], micros)))
+    micro = jax.tree.map(lambda x: x[0], micros)
+    state = jax.eval_shape(lambda: parts.first(shared, micro))
     empty = everywhere(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state))
-    (_, total), _ = jax.lax.scan(tick, (empty, everywhere(jnp.zeros((), jnp.float32))), jnp.arange(m + devices - 1))
+    none = everywhere(jnp.zeros(jax.eval_shape(parts.last, shared, empty, micro).shape, jnp.float32))
+    (_, total), _ = jax.lax.scan(tick, (empty, none), jnp.arange(m + devices - 1))
     return total
 
 
@@ -72,6 +80,10 @@ def gradients(
 ) -> tuple[jax.Array, Tree, Tree]:
     """As `execute.gradients`."""
     everywhere = lambda tree: jax.tree.map(lambda x: varying(x, (axis, *axes)), tree)
-    run = lambda shared, layers: loss(parts, shared, layers, pieces, micros, axis=axis, axes=axes)
-    total, (d_shared, d_layers) = jax.value_and_grad(run, argnums=(0, 1))(everywhere(shared), everywhere(layers))
-    return total, d_shared, d_layers
+
+    def run(shared, layers):
+        sums = loss(parts, shared, layers, pieces, micros, axis=axis, axes=axes)
+        return sums.ravel()[0], sums
+
+    (_, sums), grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(everywhere(shared), everywhere(layers))
+    return sums, *grads

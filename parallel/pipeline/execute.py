@@ -15,6 +15,13 @@ writers stand before readers (`segments`), or XLA copies whole buffers in every 
 What the table says of all devices and all turns of a loop is no data: a chunk's number, that no device idles, that each
 is the path's last. Such columns are constants of the program (`constants`), and what hangs on them is neither sliced nor
 chosen. A value that every device reads in the turn of the loop that made it has no buffer (`passed_on`).
+
+A model may have losses inside of stages, at exits. As in EE-LLM (Chen et al. 2023, §3.1, eq. 2) a stage then differentiates
+
+    its own exits' losses + <the gradient that came back, the state that went on>
+
+and no message is larger for it. An exit's loss and its gradient are computed where the stage's backward pass begins (§3.2,
+"deferring"), so that from F to B only the state at the exit is held, and no gradient of the output projection.
 """
 
 from __future__ import annotations
@@ -48,12 +55,18 @@ class Parts:
       first: (shared, micro) -> state, what enters the first stage.
       middle: (layers, state, piece, micro) -> state: the layers of one virtual stage. `piece` is what `pieces` says of
         it.
-      last: (shared, state, micro) -> the microbatch's summed loss, a scalar.
+      last: (shared, state, micro) -> the microbatch's summed loss, a scalar; or a vector of sums whose first is the loss, and
+        the others are only told.
+      exits: for each place inside of a stage that may have an exit: functions as `last`, of which one or none is there.
+        Where there are such places, `middle` gives (state, [the state at each place]).
+      which: (piece) -> int32 [places]: 0 for no exit, k for the place's k-th.
     """
 
     first: Callable
     middle: Callable
     last: Callable
+    exits: tuple[tuple[Callable, ...], ...] = ()
+    which: Callable | None = None
 
 
 @struct.dataclass
@@ -102,7 +115,7 @@ def gradients(
     """The summed loss of all microbatches and its gradients, this device's part of them.
 
     Args:
-      shared: parameters that first and last stage read; the same on every device of `axis`.
+      shared: parameters that first and last stage and exits read; the same on every device of `axis`.
       layers: this device's layers: leaves [chunks, ...].
       pieces: what `parts.middle` is told of each chunk: leaves [chunks, ...], integers.
       micros: all microbatches: leaves [m, ...]. Nothing in it is differentiated.
@@ -110,7 +123,7 @@ def gradients(
       axes: further manual axes, over which rows, tokens or gathered parameters may differ.
 
     Returns:
-      loss, d_shared, d_layers: partial sums. Sum loss and d_shared over `axis`, and all three over those of `axes` that
+      loss (of `parts.last`'s shape), d_shared, d_layers: partial sums. Sum loss and d_shared over `axis`, and all three over those of `axes` that
       the batch is spread over: once, here at the end, not in every tick.
 
     Raises:
@@ -190,8 +203,9 @@ class _Program:
         self.stage = pullback(middle, layers, x, (piece, micro), thin=kept_in_buffers)
 
         def shapes(layers, x, aux):
-            kept = self.stage.forward(layers, x, aux)[1]
-            return kept, self.stage.pull_input(layers, aux, kept, x)[1] if splits else []
+            _, kept, at_exits = self.run_stage(layers, x, aux)
+            dy = self.with_exits(x, at_exits)
+            return kept + at_exits, self.stage.pull_input(layers, aux, kept, dy)[1] if splits else []
 
         kept, for_weights = jax.eval_shape(shapes, layers, x, (piece, micro))
         slots = self.table.slots
@@ -210,7 +224,7 @@ class _Program:
             weight=buffer("weight", for_weights),
             d_layers=zeros(self.fixed["layers"]),
             d_shared=zeros(shared),
-            loss=self.everywhere(jnp.zeros((), jnp.float32)),
+            loss=self.everywhere(jnp.zeros(jax.eval_shape(self.parts.last, shared, x, micro).shape, jnp.float32)),
         )
 
     def chunk(self, number):
@@ -245,19 +259,52 @@ class _Program:
     def unflat(self, leaves: list):
         return jax.tree.unflatten(self.state, leaves)
 
+    # -- exits inside of a stage -----------------------------------------------------------------------------------------
+
+    def run_stage(self, layers, x, aux) -> tuple[Any, list, list]:
+        """The state behind the stage, what its backward pass keeps, and the arrays of the states at places of exits."""
+        y, kept = self.stage.forward(layers, x, aux)
+        if not self.parts.exits:
+            return y, kept, []
+        y, states = y
+        return y, kept, jax.tree.leaves(states)
+
+    def with_exits(self, y, leaves: list):
+        """y and what belongs to the places of exits, as `middle` gives them."""
+        n = self.state.num_leaves
+        states = [self.unflat(leaves[i : i + n]) for i in range(0, len(leaves), n)]
+        return (y, states) if self.parts.exits else y
+
+    def at_exits(self, carry: Carry, active, aux, leaves: list, dy) -> tuple[Carry, Any]:
+        """The losses at this stage's exits, and what the stage is to pull back: dy and their gradients."""
+        if not self.parts.exits:
+            return carry, dy
+        piece, micro = aux
+        d_states = []
+        states = self.with_exits(dy, leaves)[1]
+        for functions, there, x in zip(self.parts.exits, self.parts.which(piece), states, strict=True):
+            none = lambda loss, d_shared, x: self.everywhere((loss, d_shared, jax.tree.map(jnp.zeros_like, x)))
+            branches = [none, *(partial(self.with_loss, f, micro) for f in functions)]
+            loss, d_shared, dx = jax.lax.switch(jnp.where(active, there, 0), branches, carry.loss, carry.d_shared, x)
+            carry = carry.replace(loss=loss, d_shared=d_shared)
+            d_states.append(dx)
+        return carry, (dy, d_states)
+
+    def with_loss(self, f: Callable, micro, loss, d_shared, x):
+        """What f makes of x added to the sums so far, and the gradient of x."""
+        found, (more, dx) = differentiated(f)(self.fixed["shared"], x, micro)
+        return self.everywhere((loss + found.astype(loss.dtype), _add(d_shared, more), dx))
+
     # -- the actions: (carry, row, active) -> carry, message -----------------------------------------------------------
 
     def forward(self, carry: Carry, row, active):
         micro = self.micro(row)
         layers, piece = self.chunk(row["chunk"])
         x = self.entering(carry, row, micro)
-        y, kept = self.stage.forward(layers, x, (piece, micro))
+        y, kept, at_exits = self.run_stage(layers, x, (piece, micro))
         if self.table.keep == "residuals":
-            carry = self.write(carry, "residual", row["residual"], kept)
-
-        def with_loss(loss, d_shared, y):
-            found, (more, dy) = jax.value_and_grad(self.parts.last, argnums=(0, 1))(self.fixed["shared"], y, micro)
-            return self.everywhere((loss + found.astype(loss.dtype), _add(d_shared, more), dy))
+            carry = self.write(carry, "residual", row["residual"], kept + at_exits)
+        with_loss = partial(self.with_loss, self.parts.last, micro)
 
         def without(loss, d_shared, y):
             return self.everywhere((loss, d_shared, jax.tree.map(jnp.zeros_like, y)))
@@ -268,17 +315,20 @@ class _Program:
         carry = self.write(carry, "gradient", row["gradient"], jax.tree.leaves(dy))
         return carry.replace(loss=loss, d_shared=d_shared), y
 
-    def kept(self, carry: Carry, row, micro, layers, piece):
-        """What the backward pass reads: held since F, or made again from the stage's input."""
+    def kept(self, carry: Carry, row, micro, layers, piece) -> tuple[list, list]:
+        """What the backward pass reads, and the states at exits: held since F, or made again from the stage's input."""
         if self.table.keep == "residuals":
-            return self.read(carry, "residual", row)
-        return self.stage.forward(layers, self.entering(carry, row, micro), (piece, micro))[1]
+            held = self.read(carry, "residual", row)
+            n = len(held) - len(self.parts.exits) * self.state.num_leaves
+            return held[:n], held[n:]
+        return self.run_stage(layers, self.entering(carry, row, micro), (piece, micro))[1:]
 
     def backward(self, split: bool, carry: Carry, row, active):
         micro = self.micro(row)
         layers, piece = self.chunk(row["chunk"])
-        kept = self.kept(carry, row, micro, layers, piece)
+        kept, at_exits = self.kept(carry, row, micro, layers, piece)
         dy = self.unflat(self.read(carry, "gradient", row))
+        carry, dy = self.at_exits(carry, active, (piece, micro), at_exits, dy)
         if split:
             dx, for_weights = self.stage.pull_input(layers, (piece, micro), kept, dy)
             carry = self.write(carry, "weight", row["weight"], for_weights)
@@ -288,7 +338,7 @@ class _Program:
         dx = self.everywhere(dx)
 
         def embedding(d_shared):
-            _, pull = jax.vjp(lambda shared: self.parts.first(shared, micro), self.fixed["shared"])
+            _, pull = jax.vjp(lambda shared: self.everywhere(self.parts.first(shared, micro)), self.fixed["shared"])
             return self.everywhere(_add(d_shared, pull(dx)[0]))
 
         begins = (row["first"] > 0) & active
@@ -356,6 +406,20 @@ class _Program:
             if gradients:
                 carry = self.write(carry, "gradient", row["receive_gradient"][at], got)
         return carry
+
+
+def differentiated(f: Callable) -> Callable:
+    """(shared, state, micro) -> f's sums, and the gradients of the first of them by shared and state."""
+
+    def first(*args):
+        sums = f(*args)
+        return sums.ravel()[0], sums
+
+    def run(*args):
+        (_, sums), grads = jax.value_and_grad(first, argnums=(0, 1), has_aux=True)(*args)
+        return sums, grads
+
+    return run
 
 
 def _get(i, x):

@@ -115,7 +115,7 @@ CASES = [
     Case("unknown number format", "{train} --quantise mxfp9", ("'mxfp9'", "did you mean mxfp")),
     Case("blocks that do not divide", "{train} --quantise mxfp8 --hidden 80", ("model.hidden = 80", "64 or 96")),
     Case("unknown op to tune", "tune atention", ("'atention'", "did you mean attention")),
-    Case("no chip to tune for", "tune quant_matmul", ("on a TPU", "--topology v5e:2x2")),
+    Case("no chip to tune for", "tune quant_matmul", ("on a TPU or an NVIDIA GPU", "--topology v5e:2x2")),
     Case("rounds without a median", "tune --rounds 1", ("rounds = 1", "at least 3")),
     Case("bits that there are not", GENERATE + "run --quantise w5a16", ("'w5a16'", "w8a16", "kv4")),
     Case(
@@ -269,13 +269,19 @@ CASES = [
     Case("skip: no cosine", GENERATE + "run --skip ffn-skip --threshold 1.5", ("threshold = 1.5", "-1 to 1")),
     Case("skip: too few layers", GENERATE + "run --skip ffn-skip", ("first = 1", "last = 1", "2 layers", "leaves 0")),
     Case(
-        "routers over stages", "explain tiny --feedforward duo --routing learned --mesh stage=2", ("2 stages", "random")
+        "routers of parts of rows",
+        "explain tiny --feedforward duo --routing learned --mesh sequence=2",
+        ("tokens lie on 2 devices", "random"),
     ),
     # exits
     Case("exit behind the last layer", "{train} --exits.at 2", ("model.exits.at = (2,)", "1 to 1", "2 layers")),
     Case("exits that fall", "{train} --layers 4 --exits.at 3 1", ("(3, 1)", "must rise", "(1, 3)")),
     Case("exits of sources", "{train} --exits.at 1 --residual mudd-former", ("MuddFormer", "layer 1", "DeepDelta")),
-    Case("exits in a pipeline", "{train} --exits.at 1 --mesh data=4,stage=2", ("(1,)", "2 stages", "stage=1")),
+    Case(
+        "exits drawn to the last of other stages",
+        "{train} --exits.at 1 --exits.loss free --mesh data=4,stage=2",
+        ("distill = 1.0", "layer 1", "2 stages", "stage=1"),
+    ),
     Case(
         "exits and swaps", "{train} --layers 4 --exits.at 1 --skipping swap-ends", ("(1,)", "swap-ends", "layer-drop")
     ),

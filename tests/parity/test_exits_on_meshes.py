@@ -1,10 +1,12 @@
 """Exits trained on meshes: the same objective, gradients and parameters as on one device."""
 
+import numpy as np
 import pytest
 
 from jaxpar.config import RunConfig
 from jaxpar.errors import UserError
-from jaxpar.experiments.parity.compare import MODELS, reference, run, too_large
+from jaxpar.experiments.parity.compare import MODELS, STEPS, reference, run, too_large
+from jaxpar.models.exits.config import Exits
 from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.parallel.pipeline.config import PipelineConfig
 from jaxpar.program import checked
@@ -19,14 +21,30 @@ def test_exits_on_a_mesh_are_the_single_device_run(devices):
     assert not too_large(found, reference("exits"))
 
 
+def test_exits_inside_of_stages_are_the_single_device_run(devices):
+    """The losses at each exit too, with adapters of their own, and weights that change from step to step. Five layers on four
+    stages: two exits on one of them, one on another, none on two."""
+    how = PipelineConfig("zb-v", 4, ticks="mixed", keep="residuals")
+    found = run(MODELS["exits in stages"], MeshConfig.parse("stage=2,data=2"), pipeline=how)
+    assert np.shape(found[1]) == (STEPS, 1 + 4)
+    assert not too_large(found, reference("exits in stages"))
+
+
 @pytest.mark.quick
-def test_a_pipeline_is_refused_before_tracing():
-    how = dict(rows=8, length=16, pipeline=PipelineConfig("gpipe", 4))
+def test_what_a_pipeline_has_not_at_an_exit_is_refused_before_tracing():
+    sizes = MeshConfig.parse("stage=2").sizes
+    how = lambda schedule: dict(rows=8, length=16, pipeline=PipelineConfig(schedule, 4))
     with pytest.raises(
-        ValueError, match=r"model.exits.at = \(1,\) has heads between the layers, and a pipeline of 2 stages"
+        ValueError, match=r"distill = 0.5 draws the exit behind layer 1 to .* in a pipeline of 2 stages"
     ):
-        checked(EXITS, MeshConfig.parse("stage=2").sizes, **how)
+        checked(EXITS, sizes, **how("gpipe"))
     checked(EXITS, MeshConfig.parse("data=2").sizes, rows=8, length=16)
+    plain = EXITS.replace(exits=Exits((1,)))
+    with pytest.raises(
+        ValueError, match=r"microbatch \d visits stages \(1, 0, 3, 2\) of 4; take one where all visit each"
+    ):
+        checked(plain.replace(layers=4), MeshConfig.parse("stage=4").sizes, **how("checkfree+"))
+    checked(plain, sizes, **how("gpipe"))
 
 
 @pytest.mark.quick

@@ -35,6 +35,30 @@ def last(shared, state, micro):
 PARTS = Parts(first, middle, last)
 
 
+def sums(number, weight, f):
+    """The objective's part, and what is told of each of three losses."""
+    return lambda *args: f(*args) * jnp.eye(4, dtype=jnp.float32)[number + 1].at[0].set(weight)
+
+
+def between(shared, state, micro):
+    return jnp.sum(jnp.sin(state["x"] @ shared["in"].T) * micro["target"])
+
+
+def leaving(layer, state, piece, micro):
+    """`middle`, which shows its state before and behind."""
+    after = middle(layer, state, piece, micro)
+    return after, [state, after]
+
+
+def there(stage):
+    """Behind every second stage the one exit; before the others one or none of two."""
+    return [stage % 3 * (stage % 2 == 0), stage % 2]
+
+
+EXITS = ((sums(0, 0.5, last), sums(1, 0.25, between)), (sums(1, 0.75, between),))
+EXITING = Parts(first, leaving, sums(2, 1.0, last), EXITS, lambda piece: jnp.stack(there(piece)))
+
+
 def inputs(stages: int, microbatches: int):
     draw = np.random.default_rng(0)
     normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
@@ -48,19 +72,22 @@ def inputs(stages: int, microbatches: int):
     return shared, layers, micros
 
 
-def plain(order, shared, layers, micros):
-    """The model without a pipeline: each microbatch through the stages of its path."""
+def plain(parts, order, shared, layers, micros):
+    """The model without a pipeline: each microbatch through the stages of its path. Its sums."""
     total = 0.0
     for m, path in enumerate(order.paths):
         micro = jax.tree.map(lambda x, m=m: x[m], micros)
         state = first(shared, micro)
         for stage in path:
-            state = middle(jax.tree.map(lambda x, s=stage: x[s], layers), state, stage, micro)
-        total = total + last(shared, state, micro)
-    return total
+            state = parts.middle(jax.tree.map(lambda x, s=stage: x[s], layers), state, stage, micro)
+            state, shown = state if parts.exits else (state, ())
+            for functions, x, k in zip(parts.exits, shown, there(stage) if parts.exits else (), strict=True):
+                total = total + (functions[k - 1](shared, x, micro) if k else 0)
+        total = total + parts.last(shared, state, micro)
+    return total.ravel()[0], total
 
 
-def piped(table, executor):
+def piped(table, executor, parts=PARTS):
     """(shared, layers, micros) -> loss, d_shared, d_layers on as many devices as the table has."""
     stages = jnp.asarray(table.order.placement.grid, jnp.int32)
     mesh = Mesh(np.array(jax.devices()[: table.devices]), ("stage",))
@@ -68,7 +95,7 @@ def piped(table, executor):
     def local(shared, layers, micros):
         own = stages[jax.lax.axis_index("stage")]
         loss, d_shared, d_layers = gradients(
-            table, PARTS, shared, jax.tree.map(lambda x: x[0], layers), own, micros, executor=executor
+            table, parts, shared, jax.tree.map(lambda x: x[0], layers), own, micros, executor=executor
         )
         return *jax.lax.psum((loss, d_shared), "stage"), jax.tree.map(lambda g: g[None], d_layers)
 
@@ -84,10 +111,11 @@ def piped(table, executor):
     return jax.jit(f)
 
 
-def assert_plain(table, executor="auto"):
+def assert_plain(table, executor="auto", parts=PARTS):
     args = inputs(table.order.placement.stages, table.order.microbatches)
-    found = piped(table, executor)(*args)
-    loss, (d_shared, d_layers) = jax.jit(jax.value_and_grad(partial(plain, table.order), argnums=(0, 1)))(*args)
+    found = piped(table, executor, parts)(*args)
+    run = jax.value_and_grad(partial(plain, parts, table.order), argnums=(0, 1), has_aux=True)
+    (_, loss), (d_shared, d_layers) = jax.jit(run)(*args)
     np.testing.assert_allclose(found[0], loss, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(found[1:]), jax.tree.leaves((d_shared, d_layers)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()))
@@ -112,6 +140,21 @@ def test_every_schedule_gives_the_gradients_of_the_plain_model(name, stages, m, 
     table = compile_table(make(name, stages, m, chunks), ticks, keep)
     assert ticks == "mixed" or executor_for(table) == "static"
     assert_plain(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "m", "chunks", "ticks", "keep"),
+    [
+        ("1f1b", 3, 4, None, "mixed", "residuals"),
+        ("1f1b", 1, 4, None, "one-kind", "residuals"),
+        ("interleaved", 2, 4, 3, "one-kind", "residuals"),
+        ("zb-h1", 3, 4, None, "mixed", "inputs"),
+        ("zb-v", 3, 4, None, "one-kind", "residuals"),
+    ],
+)
+def test_losses_inside_of_stages_are_those_of_the_plain_model(name, stages, m, chunks, ticks, keep, devices):
+    """Each loss, the objective, and its gradients; of shared parameters too, which several stages use."""
+    assert_plain(compile_table(make(name, stages, m, chunks), ticks, keep), parts=EXITING)
 
 
 @pytest.mark.parametrize(("name", "stages", "m"), [("1f1b", 1, 4), ("zb-h1", 1, 4), ("1f1b", 2, 4)])
@@ -142,18 +185,19 @@ def test_unrolled_ticks_are_the_same(name, ticks, devices):
     assert_plain(compile_table(make(name, 3, 4), ticks), "unroll")
 
 
-def test_differentiating_through_the_permutes_is_the_same(devices):
+@pytest.mark.parametrize("parts", [PARTS, EXITING], ids=["plain", "exits"])
+def test_differentiating_through_the_permutes_is_the_same(parts, devices):
     table = compile_table(make("gpipe", 4, 6))
     args = inputs(4, 6)
     mesh = Mesh(np.array(devices[:4]), ("stage",))
 
     def local(shared, layers, micros):
         piece = jax.lax.axis_index("stage")[None]
-        loss, d_shared, d_layers = autodiff.gradients(PARTS, shared, layers, piece, micros)
+        loss, d_shared, d_layers = autodiff.gradients(parts, shared, layers, piece, micros)
         return *jax.lax.psum((loss, d_shared), "stage"), d_layers
 
     whole = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("stage"), P()), out_specs=(P(), P(), P("stage")))
-    found, expected = jax.jit(whole)(*args), piped(table, "auto")(*args)
+    found, expected = jax.jit(whole)(*args), piped(table, "auto", parts)(*args)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()))
 
