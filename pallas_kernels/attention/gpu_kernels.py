@@ -6,7 +6,8 @@ are keys and logits are transposed, so that every sum over the other side is a p
 Logits and log-sum-exp are in units of log 2 here, as the chip's exponential is.
 
 Dao et al. 2023 and Shah et al. 2024 (FlashAttention-3), with its producer warpgroup and two that take turns at the matrix
-unit; softmax and products of one warpgroup do not overlap here.
+unit, as JAX's own `pallas.ops.gpu.attention_mgpu` (Apache 2.0) writes it for Mosaic GPU without documents, windows, cap and
+a causal backward pass; softmax and products of one warpgroup do not overlap here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ COMPUTE = 2
 """Warpgroups that compute; the next one feeds them."""
 ROWS = gpu.ROWS
 REGISTERS, FEEDER_REGISTERS = 240, 24
-"""Of a thread that computes, and of one that feeds: 65536 in all."""
+"""Of a thread that computes, and of one that feeds: 64512 in a block, and a multiprocessor has 65536."""
 LOG2 = math.log(2)
 ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """How numbers of rows, and of columns, lie over the threads that hold a product."""

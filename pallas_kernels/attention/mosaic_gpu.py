@@ -34,7 +34,7 @@ BLOCK = gpu_kernels.COMPUTE * gpu_kernels.ROWS
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """Tokens of the other side that a step takes, divisors of 128, and how many steps shared memory holds.
+    """Tokens of the other side that a step takes, 64 or 128, and how many steps shared memory holds.
 
     Attributes:
       keys, stages: of the forward pass.
@@ -48,6 +48,14 @@ class AttentionTiles:
     stages: int = 2
     stages_q: int = 2
     stages_k: int = 2
+
+    def __post_init__(self):
+        for name in ("keys", "keys_back", "queries_back"):
+            if getattr(self, name) not in (64, 128):
+                raise ValueError(f"AttentionTiles.{name} must be 64 or 128 tokens, got {getattr(self, name)}")
+        for name in ("stages", "stages_q", "stages_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"AttentionTiles.{name} must be at least 1 step, got {getattr(self, name)}")
 
 
 TABLE = (

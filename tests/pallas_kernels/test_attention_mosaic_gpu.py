@@ -171,6 +171,10 @@ def test_who_gets_the_kernel():
         run = jax.jit(lambda *x: attention(*x, **call, implementation="mosaic_gpu"))
         text = run.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
+    with pytest.raises(ValueError, match="keys must be 64 or 128 tokens, got 96"):
+        mosaic_gpu.AttentionTiles(96, 64, 64)
+    with pytest.raises(ValueError, match="stages_q must be at least 1 step, got 0"):
+        mosaic_gpu.AttentionTiles(64, 64, 64, stages_q=0)
 
 
 def test_it_lowers_forward_and_backward_for_a_gpu_inside_a_shard_map():
