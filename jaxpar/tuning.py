@@ -45,16 +45,12 @@ class Attention:
         _positive(batch=self.batch, queries=self.queries, keys=self.keys, heads=self.heads, window=self.window)
         _positive(key_heads=self.key_heads, head_size=self.head_size)
 
-    def subject(self, kind: str, interpret: bool = False):
-        """The `search.Subject` for a kind of device."""
+    def subject(self, kind: str, implementation: str, interpret: bool = False):
+        """The `search.Subject` for a kind of device and its kernels."""
         from jaxpar.pallas_kernels.tuning import subjects
 
-        sizes = {
-            name: getattr(self, name) for name in ("batch", "queries", "heads", "key_heads", "head_size", "window")
-        }
-        return subjects.attention_tpu(
-            kind, **sizes, keys=self.keys or self.queries, dtype=self.dtype, interpret=interpret
-        )
+        sizes = vars(self) | {"keys": self.keys or self.queries}
+        return subjects.attention(kind, implementation, **sizes, interpret=interpret)
 
 
 @dataclass(frozen=True)
@@ -80,16 +76,51 @@ class QuantMatmul:
     def __post_init__(self):
         _positive(rows=self.rows, inputs=self.inputs, outputs=self.outputs)
 
-    def subject(self, kind: str, interpret: bool = False):
-        """The `search.Subject` for a kind of device."""
+    def subject(self, kind: str, implementation: str, interpret: bool = False):
+        """The `search.Subject` for a kind of device and its kernels."""
         from jaxpar.pallas_kernels.tuning import subjects
 
-        sizes = {name: getattr(self, name) for name in ("rows", "outputs", "inputs")}
-        how = {name: getattr(self, name) for name in ("weights", "activations", "dtype")}
-        return subjects.quant_matmul_tpu(kind, **sizes, **how, interpret=interpret)
+        return subjects.quant_matmul(kind, implementation, **vars(self), interpret=interpret)
 
 
-OPS = {"attention": Attention, "quant_matmul": QuantMatmul}
+@dataclass(frozen=True)
+class DecodeAttention:
+    """A few queries a row with full key/value caches. The defaults are Llama 3 8B's.
+
+    Attributes:
+      batch: rows.
+      slots: of a row's cache.
+      queries: of each row.
+      heads: of queries.
+      key_heads: of keys and values.
+      head_size: of each head.
+      cache: the format of keys and values, such as int8_row or int4_row; None: they are in `dtype`.
+      dtype: of queries, and of keys and values that have no format.
+    """
+
+    batch: int = 8
+    slots: int = 32768
+    queries: int = 1
+    heads: int = 32
+    key_heads: int = 8
+    head_size: int = 128
+    cache: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        _positive(batch=self.batch, slots=self.slots, queries=self.queries, heads=self.heads)
+        _positive(key_heads=self.key_heads, head_size=self.head_size)
+
+    def subject(self, kind: str, implementation: str, interpret: bool = False):
+        """The `search.Subject` for a kind of device and its kernels."""
+        from jaxpar.pallas_kernels.tuning import subjects
+
+        return subjects.decode_attention(kind, implementation, **vars(self), interpret=interpret)
+
+
+OPS = {"attention": Attention, "quant_matmul": QuantMatmul, "decode_attention": DecodeAttention}
+KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
+"""The kernels of each platform."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +136,7 @@ class TuneConfig:
       rounds: samples of each candidate that are counted.
     """
 
-    op: Attention | QuantMatmul = Attention()
+    op: Attention | QuantMatmul | DecodeAttention = Attention()
     topology: str | None = None
     dry_run: bool = False
     cache: str | None = None
@@ -132,15 +163,15 @@ def tune(config: TuneConfig, say: Callable[[str], None] = print) -> None:
         device, listed = tpu_devices(config.topology)[0], True
     else:
         device, listed = jax.local_devices()[0], config.dry_run
-        if device.platform != "tpu":
+        if device.platform not in KERNELS:
             raise UserError(
-                f"jaxpar tune measures the kernels for TPUs on a TPU, and here is a {device.device_kind}; --topology v5e:2x2 lists "
-                "what compiles for a chip that is not there"
+                f"jaxpar tune measures kernels on a TPU or an NVIDIA GPU, and here is a {device.device_kind}; --topology v5e:2x2 "
+                "lists what compiles for a chip that is not there"
             )
     short = chip(device.device_kind)
     if short is None:
         raise UserError(f"the block tables know no {device.device_kind}")
-    subject = config.op.subject(device.device_kind)
+    subject = config.op.subject(device.device_kind, KERNELS[device.platform])
     if listed:
         from jaxpar.pallas_kernels.tuning import search
 

@@ -9,7 +9,7 @@ from jaxpar.errors import UserError
 from jaxpar.tuning import OPS, TuneConfig
 
 DESCRIPTION = (
-    f"Find the fastest block sizes of the kernels of an op ({' or '.join(OPS)}, the first word; without one, attention) at a "
+    f"Find the fastest block sizes of the kernels of an op ({', '.join(OPS)}: the first word; without one, attention) at a "
     "shape: candidates are compiled, those that compile are timed in turn, and the best is written to the tuning cache, from "
     "which kernels take it before their own table (* marks the table's). With --topology v5e:2x2 candidates are compiled for a chip that is not there, and listed."
 )

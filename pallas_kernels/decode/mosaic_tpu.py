@@ -95,10 +95,12 @@ def decode_mosaic_tpu(
     B, T, H, K = q_BxTxHxK.shape
     G = k.shape[-2]
     rows = rows_of(T, H)
-    if tiles is None:
-        tiles = look_up(TABLE, versions.device_kind("tpu"), rows=rows, head_size=K)
     places = k.shape[-3]
     slots = places if table_BxP is None else places * table_BxP.shape[1]
+    if tiles is None:
+        sizes = dict(rows=rows, head_size=K, slots=slots)
+        op = "decode_attention", "mosaic_tpu"
+        tiles = look_up(TABLE, versions.device_kind("tpu"), op=op, dtype=kept_name(k), **sizes)
     tokens = block_tokens(tiles, places, G) if table_BxP is None else places
     bits = k.format.element.bits if isinstance(k, Quantised) else None
     settings = Settings(
@@ -130,6 +132,11 @@ def decode_mosaic_tpu(
 def rows_of(queries: int, heads: int) -> int:
     """M: queries with all heads, in whole tiles."""
     return _up(queries * heads, ROWS)
+
+
+def kept_name(k) -> str:
+    """How the tuning cache names the dtype of a key/value cache: "bfloat16", "int4_row"."""
+    return k.format.name if isinstance(k, Quantised) else jnp.dtype(k.dtype).name
 
 
 def block_tokens(tiles: DecodeTiles, slots: int, groups: int) -> int:

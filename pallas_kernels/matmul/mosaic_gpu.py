@@ -23,7 +23,7 @@ from jaxpar.pallas_kernels.formats.quantised import Quantised
 from jaxpar.pallas_kernels.formats.scales import Float32
 from jaxpar.pallas_kernels.matmul import gpu_kernels
 from jaxpar.pallas_kernels.matmul.gpu_kernels import COMPUTE, STEP
-from jaxpar.pallas_kernels.matmul.products import integer, integers
+from jaxpar.pallas_kernels.matmul.products import integer, integers, operands_name
 from jaxpar.pallas_kernels.tiles import Row, chip, look_up
 
 BLOCK = 128
@@ -111,6 +111,17 @@ def _operand(q: Quantised):
     return jnp.float8_e4m3fn if q.format.element.name == "e4m3" else None
 
 
+def table_of(a) -> tuple[Row, ...]:
+    """The block table of products with this x."""
+    return EIGHT if isinstance(a, Quantised) else SIXTEEN
+
+
+def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
+    """What tiles are looked up by."""
+    K, N = b.shape[axes[1]], b.shape[-3 - axes[1]]
+    return {"rows": a.shape[-3 - axes[0]], "columns": N, "sums": K, "bits": b.format.stored_bits}
+
+
 def product_mosaic_gpu(a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | None = None) -> jax.Array:
     """`products.product` of operands without a `misfit`: [M, N] in `dtype`.
 
@@ -121,10 +132,10 @@ def product_mosaic_gpu(a, b: Quantised, axes, dtype, *, interpret=False, tiles: 
     M = a.shape[-3 - axes[0]]
     run = _eight if isinstance(a, Quantised) else _sixteen
     if tiles is None:
-        sizes, table = {"rows": M}, EIGHT
-        if run is _sixteen:
-            sizes, table = sizes | {"bits": b.format.element.bits}, SIXTEEN
-        tiles = look_up(table, versions.device_kind("cuda"), **sizes)
+        # What is tuned is the forward product.
+        op = ("quant_matmul", "mosaic_gpu") if tuple(axes) == (-1, -2) else None
+        name, sizes = operands_name(a, b, dtype), sizes_of(a, b, axes)
+        tiles = look_up(table_of(a), versions.device_kind("cuda"), op=op, dtype=name, **sizes)
     return run(a, b, axes, dtype, tiles, gpu.interpreter(interpret))[:M]
 
 

@@ -23,7 +23,7 @@ from jaxpar.pallas_kernels import versions
 from jaxpar.pallas_kernels.formats.elements import Int
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 from jaxpar.pallas_kernels.formats.scales import Float32
-from jaxpar.pallas_kernels.matmul.products import integer, integers
+from jaxpar.pallas_kernels.matmul.products import integer, integers, operands_name
 from jaxpar.pallas_kernels.tiles import Row, look_up
 
 LANES = 128
@@ -106,11 +106,6 @@ def product_mosaic_tpu(a, b: Quantised, dtype, *, interpret=False, tiles: Matmul
     # Even channels, odd channels: what the low and the high halves of the codes are multiplied with.
     even, odd = (padded(a.astype(dtype).reshape(M, K // 2, 2)[:, :, i]) for i in (0, 1))
     return run((even, odd), jax.lax.bitcast_convert_type(b.codes, jnp.int8), None, b.scales)[:M]
-
-
-def operands_name(a, b: Quantised, dtype) -> str:
-    """How the tuning cache names the dtype of a product: "int8_row x int8_row", "bfloat16 x int4_g128"."""
-    return f"{a.format.name if isinstance(a, Quantised) else jnp.dtype(dtype).name} x {b.format.name}"
 
 
 def _up(size: int, step: int) -> int:

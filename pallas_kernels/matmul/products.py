@@ -57,6 +57,11 @@ def integer(x) -> bool:
     return isinstance(element, Int) and element.fraction == 0 and isinstance(x.format.scale, Float32)
 
 
+def operands_name(a, b, dtype) -> str:
+    """How the tuning cache names the dtype of a product: "int8_row x int8_row", "bfloat16 x int4_g128"."""
+    return " x ".join(x.format.name if isinstance(x, Quantised) else jnp.dtype(dtype).name for x in (a, b))
+
+
 def integers(q: Quantised) -> jax.Array:
     """int8 of q's shape."""
     return q.format.element.integers(unpack(q.codes, q.format.stored_bits, q.axis))

@@ -7,22 +7,35 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from jaxpar.pallas_kernels.attention import MaskSpec, mosaic_tpu
+from jaxpar.pallas_kernels.attention import MaskSpec
+from jaxpar.pallas_kernels.attention import mosaic_gpu as attention_gpu
+from jaxpar.pallas_kernels.attention import mosaic_tpu as attention_tpu
 from jaxpar.pallas_kernels.attention.differentiable import attend
+from jaxpar.pallas_kernels.decode import mosaic_tpu as decode_tpu
 from jaxpar.pallas_kernels.formats.format import get
-from jaxpar.pallas_kernels.formats.quantised import quantise
+from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
+from jaxpar.pallas_kernels.matmul import mosaic_gpu as product_gpu
 from jaxpar.pallas_kernels.matmul import mosaic_tpu as product_tpu
+from jaxpar.pallas_kernels.matmul.products import operands_name
 from jaxpar.pallas_kernels.tiles import look_up
 from jaxpar.pallas_kernels.tuning.search import Part, Subject
 
-BLOCKS = (256, 512, 1024, 2048)
-"""Queries or keys in a block of the TPU kernels."""
-ROWS, COLUMNS, SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024), (256, 512, 1024, 2048)
-"""Rows of x, columns of w and what is summed, in a block of the TPU kernels of products."""
+PLATFORMS = {"mosaic_tpu": "TPUs", "mosaic_gpu": "Hopper GPUs"}
+TPU_BLOCKS = (256, 512, 1024, 2048)
+"""Queries or keys in a block."""
+GPU_STEPS, GPU_STAGES = (64, 128), (1, 2, 3, 4)
+"""Tokens, rows or columns in a tile, and steps that shared memory holds."""
+TPU_ROWS, TPU_COLUMNS, TPU_SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024), (256, 512, 1024, 2048)
+"""Rows of x, columns of w and what is summed, in a block."""
+GPU_BLOCKS = (1, 132, 264)
+"""Into how many K is cut: an H200 has 132 processors."""
+TPU_HELD, TPU_SPLITS = (256, 512, 1024, 2048, 4096, 8192), (1, 2)
+"""Tokens times heads in a block of a cache, and into how many parts a row is divided."""
 
 
-def attention_tpu(
+def attention(
     kind: str | None,
+    implementation: str,
     *,
     batch: int,
     queries: int,
@@ -34,60 +47,74 @@ def attention_tpu(
     dtype: str = "bfloat16",
     interpret=False,
 ) -> Subject:
-    """Causal attention on TPUs, forward and backward.
+    """Causal attention, forward and backward; the queries are the last of the keys' tokens.
 
     Args:
       kind: of the device, as JAX names it.
+      implementation: "mosaic_tpu" or "mosaic_gpu".
 
     Raises:
       ValueError: the kernels do not do this shape.
     """
+    module = attention_gpu if implementation == "mosaic_gpu" else attention_tpu
     q_shape, k_shape = (batch, queries, heads, head_size), (batch, keys, key_heads, head_size)
-    mask, scale = MaskSpec(window=window), head_size**-0.5
+    mask, scale, start = MaskSpec(window=window), head_size**-0.5, keys - queries
     dtype = jnp.dtype(dtype)
     q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in (q_shape, k_shape))
     if key_heads < 1 or heads % key_heads:
         raise ValueError(f"attention: {heads} query heads are no multiple of {key_heads} key/value heads")
-    if reason := mosaic_tpu.misfit(q, k, k, mask=mask, scale=scale):
-        raise ValueError(f"attention on TPUs {reason}")
-    start = keys - queries
+    if reason := module.misfit(q, k, k, mask=mask, scale=scale):
+        raise ValueError(f"attention on {PLATFORMS[implementation]} {reason}")
     sizes = dict(head_size=head_size, queries=queries, keys=keys)
-    table = look_up(mosaic_tpu.TABLE, kind, **sizes).fit(queries, keys)
+    fit = (lambda tiles: tiles) if module is attention_gpu else (lambda tiles: tiles.fit(queries, keys))
+    table = fit(look_up(module.TABLE, kind, **sizes))
 
     def planned(tiles, q, k, v):
         call = dict(mask=mask, scale=scale, q_start=start, interpret=interpret)
-        return mosaic_tpu.plan(q, k, v, tiles=tiles.fit(queries, keys), **call)
+        return module.plan(q, k, v, tiles=fit(tiles), **call)
 
     def forward(tiles):
         return lambda q, k, v: attend(planned(tiles, q, k, v), q, k, v, mask, (start, 0))
 
-    def backward(tiles):
-        def run(q, k, v, lse, drop, d_out):
-            return planned(tiles, q, k, v).backward(q, k, v, mask, (start, 0), lse, drop, d_out)
+    def backward(some: slice):
+        """dq, dk and dv, or some of them: the kernels of the others are dropped by the compiler."""
+
+        def run(tiles):
+            def gradients(q, k, v, lse, drop, d_out):
+                return planned(tiles, q, k, v).backward(q, k, v, mask, (start, 0), lse, drop, d_out)[some]
+
+            return gradients
 
         return run
 
-    def make(key, back=False):
-        normal = lambda i, shape, dtype=dtype: jax.random.normal(jax.random.fold_in(key, i), shape, dtype)
-        arrays = normal(0, q_shape), normal(1, k_shape), normal(2, k_shape)
-        numbers = batch, heads, queries
+    def make(key):
+        return tuple(_normal(key, i, shape, dtype) for i, shape in enumerate((q_shape, k_shape, k_shape)))
+
+    def make_back(key):
         # Any log-sum-exp will do for the time; one above the logits makes weights between 0 and 1.
-        more = (8 + normal(3, numbers, "float32"), normal(4, numbers, "float32"), normal(5, q_shape))
-        return arrays + more if back else arrays
+        lse, drop = (_normal(key, i, (batch, heads, queries), "float32") for i in (3, 4))
+        return *make(key), 8 + lse, drop, _normal(key, 5, q_shape, dtype)
 
-    def candidates(a: str, b: str):
-        fitted = [table.__class__(*pair, *pair).fit(queries, keys) for pair in itertools.product(BLOCKS, BLOCKS)]
-        return _distinct({a: getattr(one, a), b: getattr(one, b)} for one in fitted)
+    if module is attention_tpu:
+        pairs = itertools.product(TPU_BLOCKS, TPU_BLOCKS)
+        fitted = [vars(fit(attention_tpu.AttentionTiles(*pair, *pair))) for pair in pairs]
+        some = lambda *names: _distinct({name: one[name] for name in names} for one in fitted)
+        parts = (
+            Part("forward", some("queries", "keys"), forward, make),
+            Part("backward", some("queries_back", "keys_back"), backward(slice(None)), make_back),
+        )
+    else:
+        parts = (
+            Part("forward", _product(keys=GPU_STEPS, stages=GPU_STAGES), forward, make),
+            Part("dq", _product(keys_back=GPU_STEPS, stages_q=GPU_STAGES), backward(slice(1)), make_back),
+            Part("dk, dv", _product(queries_back=GPU_STEPS, stages_k=GPU_STAGES), backward(slice(1, 3)), make_back),
+        )
+    return Subject("attention", implementation, dtype.name, sizes, table, parts)
 
-    parts = (
-        Part("forward", candidates("queries", "keys"), forward, make),
-        Part("backward", candidates("queries_back", "keys_back"), backward, lambda key: make(key, back=True)),
-    )
-    return Subject("attention", "mosaic_tpu", dtype.name, sizes, table, parts)
 
-
-def quant_matmul_tpu(
+def quant_matmul(
     kind: str | None,
+    implementation: str,
     *,
     rows: int,
     outputs: int,
@@ -97,36 +124,105 @@ def quant_matmul_tpu(
     dtype: str = "bfloat16",
     interpret=False,
 ) -> Subject:
-    """Products with quantised weights on TPUs.
+    """Products with quantised weights.
 
     Args:
       kind: of the device, as JAX names it.
+      implementation: "mosaic_tpu" or "mosaic_gpu".
       weights, activations: formats; activations None: in `dtype`.
 
     Raises:
       ValueError: an unknown format, or a product that the kernels do not do.
     """
+    module = product_gpu if implementation == "mosaic_gpu" else product_tpu
     formats, dtype = (get(weights), None if activations is None else get(activations)), jnp.dtype(dtype)
 
     def make(key):
-        x = jax.random.normal(jax.random.fold_in(key, 0), (rows, inputs), dtype)
-        w = jax.random.normal(jax.random.fold_in(key, 1), (inputs, outputs), jnp.float32)
+        x, w = _normal(key, 0, (rows, inputs), dtype), _normal(key, 1, (inputs, outputs), "float32")
         return x if formats[1] is None else quantise(x, formats[1], -1), quantise(w, formats[0], -2)
 
     for fmt in formats:
         if fmt is not None and (reason := fmt.misfit(inputs)):
             raise ValueError(f"a product of {rows} tokens with weights [{inputs}, {outputs}]: {reason}")
     a, b = jax.eval_shape(make, jax.random.key(0))
-    if reason := product_tpu.misfit(a, b, (-1, -2), dtype):
-        raise ValueError(f"a quantised product on TPUs {reason}")
-    sizes = dict(rows=rows, columns=outputs, sums=inputs)
-    table = look_up(product_tpu.TABLE, kind, **sizes)
-    run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
-    most = lambda options, size: [n for n in options if n < 2 * size] or [options[0]]
-    tried = itertools.product(most(ROWS, rows), most(COLUMNS, outputs), most(SUMS, inputs))
-    candidates = _distinct({"rows": m, "columns": n, "sums": k} for m, n, k in tried)
-    name = product_tpu.operands_name(a, b, dtype)
-    return Subject("quant_matmul", "mosaic_tpu", name, sizes, table, (Part("forward", candidates, run, make),))
+    if reason := module.misfit(a, b, (-1, -2), dtype):
+        raise ValueError(f"a quantised product on {PLATFORMS[implementation]} {reason}")
+    if module is product_tpu:
+        most = lambda options, size: tuple(n for n in options if n < 2 * size) or options[:1]
+        candidates = _product(
+            rows=most(TPU_ROWS, rows), columns=most(TPU_COLUMNS, outputs), sums=most(TPU_SUMS, inputs)
+        )
+        sizes = dict(rows=rows, columns=outputs, sums=inputs)
+        table = look_up(product_tpu.TABLE, kind, **sizes)
+        run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
+    else:
+        blocks = (1,) if isinstance(a, Quantised) else GPU_BLOCKS
+        candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, stages=GPU_STAGES[1:], blocks=blocks)
+        sizes = product_gpu.sizes_of(a, b, (-1, -2))
+        table = look_up(product_gpu.table_of(a), kind, **sizes)
+        call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)
+        run = lambda tiles: lambda a, b: product_gpu.product_mosaic_gpu(a, b, tiles=tiles, **call)
+    name = operands_name(a, b, dtype)
+    return Subject("quant_matmul", implementation, name, sizes, table, (Part("forward", candidates, run, make),))
+
+
+def decode_attention(
+    kind: str | None,
+    implementation: str,
+    *,
+    batch: int,
+    slots: int,
+    queries: int,
+    heads: int,
+    key_heads: int,
+    head_size: int,
+    cache: str | None = None,
+    dtype: str = "bfloat16",
+    interpret=False,
+) -> Subject:
+    """A few queries a row against full caches.
+
+    Args:
+      kind: of the device, as JAX names it.
+      implementation: "mosaic_tpu".
+      cache: a format; None: in `dtype`.
+
+    Raises:
+      ValueError: an unknown format, or a shape or a platform that there is no kernel for.
+    """
+    if implementation != "mosaic_tpu":
+        raise ValueError(f"decode_attention has a kernel for TPUs, and none for {PLATFORMS[implementation]}")
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"decode_attention: {heads} query heads are no multiple of {key_heads} key/value heads")
+    fmt, dtype, scale = None if cache is None else get(cache), jnp.dtype(dtype), head_size**-0.5
+    if fmt is not None and (reason := fmt.misfit(head_size)):
+        raise ValueError(f"a cache of heads of {head_size}: {reason}")
+
+    def make(key):
+        kept = batch, slots, key_heads, head_size
+        k, v = (_normal(key, i, kept, dtype) for i in (1, 2))
+        if fmt is not None:
+            k, v = (quantise(x, fmt, -1) for x in (k, v))
+        return _normal(key, 0, (batch, queries, heads, head_size), dtype), k, v, jnp.full((batch,), slots, jnp.int32)
+
+    arrays = jax.eval_shape(make, jax.random.key(0))
+    if reason := decode_tpu.misfit(*arrays, scale=scale):
+        raise ValueError(f"decode_attention on TPUs {reason}")
+    sizes = dict(rows=decode_tpu.rows_of(queries, heads), head_size=head_size, slots=slots)
+    table = look_up(decode_tpu.TABLE, kind, **sizes)
+    call = dict(scale=scale, interpret=interpret)
+    run = lambda tiles: lambda *arrays: decode_tpu.decode_mosaic_tpu(*arrays, tiles=tiles, **call)
+    parts = (Part("forward", _product(keys=TPU_HELD, splits=TPU_SPLITS), run, make),)
+    return Subject("decode_attention", implementation, decode_tpu.kept_name(arrays[1]), sizes, table, parts)
+
+
+def _normal(key, i: int, shape, dtype):
+    return jax.random.normal(jax.random.fold_in(key, i), shape, dtype)
+
+
+def _product(**options: tuple[int, ...]) -> tuple[dict[str, int], ...]:
+    """Every combination of the options of each field."""
+    return tuple(dict(zip(options, values, strict=True)) for values in itertools.product(*options.values()))
 
 
 def _distinct(found) -> tuple[dict[str, int], ...]:

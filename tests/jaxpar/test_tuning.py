@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import jax
 import pytest
+from jax.experimental.mosaic.gpu import profiler
 
 from jaxpar.errors import UserError
 from jaxpar.pallas_kernels.matmul import mosaic_tpu
 from jaxpar.pallas_kernels.tiles import look_up
 from jaxpar.pallas_kernels.tuning import cache, search
 from jaxpar.pallas_kernels.tuning.timing import Sampler, sets_for
-from jaxpar.tuning import Attention, QuantMatmul, TuneConfig, measure
+from jaxpar.tuning import Attention, DecodeAttention, QuantMatmul, TuneConfig, measure
 
 V5E = "TPU v5 lite"
 LIMIT = "RESOURCE_EXHAUSTED: E1001:\nRan out. Scoped allocation with size 26.45M and limit 16.00M exceeded scoped vmem"
@@ -86,6 +87,29 @@ def test_a_loop_runs_its_function_every_turn():
     assert sets_for((jax.ShapeDtypeStruct((2**27,), "float32"),)) == 1
 
 
+@pytest.mark.parametrize("answer", ["milliseconds", "nothing", "no permission"])
+def test_cupti_is_asked_first_on_a_gpu_and_the_loop_where_it_is_refused(answer, monkeypatch):
+    def measure(function):
+        def run(*args):
+            if answer == "no permission":
+                raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+            return function(*args), 6.0 if answer == "milliseconds" else None
+
+        return run
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jax.numpy.ones(8)
+    sampler = Sampler(lambda x: x + 1, [(x,), (2 * x,), (3 * x,)], shortest=1e-5)
+    assert sampler.output().tolist() == [2] * 8
+    if answer == "milliseconds":
+        # Three sets in a program.
+        assert (sampler.method, sampler.sample()) == ("CUPTI", 2e-3)
+    else:
+        assert sampler.method == "loop"
+        assert 0 < sampler.sample() < 1
+
+
 OP = QuantMatmul(rows=16, inputs=256, outputs=128, weights="int8_row", activations="int8_row", dtype="float32")
 
 
@@ -96,7 +120,7 @@ def tuned(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.VARIABLE, str(path))
     said = []
     run = lambda **more: measure(
-        OP.subject(V5E, interpret=True),
+        OP.subject(V5E, "mosaic_tpu", interpret=True),
         "v5e",
         jax.devices()[0],
         TuneConfig(op=OP, rounds=3),
@@ -105,6 +129,19 @@ def tuned(tmp_path, monkeypatch):
         **more,
     )
     return path, said, run
+
+
+@pytest.mark.quick
+def test_kernels_for_gpus_are_tuned_by_their_own_fields():
+    """Every candidate names fields of the tiles, and each field is some part's."""
+    for op in (Attention(), QuantMatmul(), QuantMatmul(weights="int8_row", activations="int8_row")):
+        for implementation, kind in (("mosaic_gpu", "NVIDIA H200"), ("mosaic_tpu", V5E)):
+            subject = op.subject(kind, implementation)
+            named = [set(sizes) for part in subject.parts for sizes in part.candidates]
+            assert set().union(*named) == set(vars(subject.table))
+            assert all(len(part.candidates) > 1 for part in subject.parts)
+    with pytest.raises(ValueError, match="none for Hopper GPUs"):
+        DecodeAttention().subject("NVIDIA H200", "mosaic_gpu")
 
 
 def test_from_end_to_end(tuned):
@@ -170,8 +207,10 @@ def test_a_file_that_cannot_be_added_to_is_a_sentence_before_anything_is_compile
         (QuantMatmul(outputs=100), "multiples of 128, got 4096 and 100"),
         (Attention(heads=6, key_heads=4), "6 query heads are no multiple of 4"),
         (Attention(head_size=300), "up to 256, got 300"),
+        (DecodeAttention(queries=40), "1 to 16 queries a row"),
+        (DecodeAttention(cache="int4_g32", head_size=80), "80"),
     ],
 )
 def test_a_shape_that_the_kernels_do_not_do(op, words):
     with pytest.raises(ValueError, match=words):
-        op.subject(V5E)
+        op.subject(V5E, "mosaic_tpu")

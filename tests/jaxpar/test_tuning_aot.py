@@ -1,8 +1,14 @@
-"""Block sizes compiled for a chip that is not there. `.ci/aot` runs this where libtpu is installed."""
+"""Block sizes compiled for a chip that is not there. `.ci/aot` runs this where the compilers are installed."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from jaxpar.parallel.topology import installed
+from tests.pallas_kernels import cuda_target
 from tests.processes import start
 
 needs_libtpu = pytest.mark.skipif(not installed(), reason="libtpu is not installed (extra tpu-aot)")
@@ -13,9 +19,10 @@ needs_libtpu = pytest.mark.skipif(not installed(), reason="libtpu is not install
     ("line", "rows"),
     [
         ("quant_matmul --rows 16 --inputs 512 --outputs 512", 7),
+        ("decode_attention --batch 1 --slots 256 --heads 4 --key-heads 2 --cache int8_row", 12),
         ("attention --queries 512 --heads 1 --key-heads 1 --head-size 64", 8),
     ],
-    ids=["product", "attention"],
+    ids=["product", "decode", "attention"],
 )
 def test_what_compiles_is_listed(line, rows, tmp_path):
     """With VMEM; nothing is timed, nothing written."""
@@ -35,5 +42,40 @@ def test_what_compiles_is_listed(line, rows, tmp_path):
         assert vmem == "-" or 0 < float(vmem) < 16.8
         assert (float(temporary) >= 0, time) == (True, "-")
     assert sum(" - " not in one for one in listed) > rows / 2
-    assert sum("*" in one for one in listed) == (2 if "attention" in line else 1)
+    assert sum("*" in one for one in listed) == (2 if line.startswith("attention") else 1)
     assert not file.exists()
+
+
+def for_a_gpu() -> dict[str, list[list[str]]]:
+    """By part of an op, of the table's tiles and of other ones: the kernels of the program."""
+    import jax
+
+    from jaxpar.tuning import Attention, QuantMatmul
+
+    found = {}
+    for op in (Attention(queries=256, heads=2, key_heads=1, head_size=64), QuantMatmul(inputs=512, outputs=256)):
+        subject = op.subject("NVIDIA H200", "mosaic_gpu")
+        for part in subject.parts:
+            shapes = jax.eval_shape(part.make, jax.random.key(0))
+            compiled = []
+            for sizes in ({}, part.candidates[0]):
+                tiles = dataclasses.replace(subject.table, **sizes)
+                compiled.append([kernel.name for kernel in cuda_target.compiled(part.run(tiles), *shapes).kernels])
+            found[f"{subject.op}, {part.name}"] = compiled
+    return found
+
+
+@cuda_target.needs_compiler
+def test_each_part_is_one_kernel_on_a_gpu(tmp_path):
+    """The backward pass has two, of which a part keeps its own."""
+    file = tmp_path / "found.json"
+    run = start(["-m", "tests.jaxpar.test_tuning_aot", str(file)], **cuda_target.environment())
+    assert run.wait(600) == 0, run.output
+    found = json.loads(file.read_text())
+    assert list(found) == ["attention, forward", "attention, dq", "attention, dk, dv", "quant_matmul, forward"]
+    for kernels in found.values():
+        assert [len(names) for names in kernels] == [1, 1]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(for_a_gpu()))
