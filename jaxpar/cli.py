@@ -1,4 +1,4 @@
-"""`jaxpar train | generate | explain | schedule | plan | formats | tune | inspect | convert | tokenizer | doctor`.
+"""`jaxpar train | generate | explain | schedule | plan | formats | tune | inspect | steer | convert | tokenizer | doctor`.
 
 Each command's options are the fields of a dataclass (`jaxpar.options`), and its work is done elsewhere. Nothing heavy is
 imported before it is known that it is needed: `jaxpar --help` does not import JAX.
@@ -77,6 +77,12 @@ def _inspect(argv: list[str]) -> int | None:
     return main(argv)
 
 
+def _steer(argv: list[str]) -> int | None:
+    from jaxpar.commands.steer import main
+
+    return main(argv)
+
+
 def _convert(argv: list[str]) -> int | None:
     from jaxpar.commands.convert import main
 
@@ -106,6 +112,7 @@ COMMANDS = {
     "formats": Command("show number formats of few bits, and what they lose by formula and measured", _formats),
     "tune": Command("find the fastest block sizes of an op's kernels, and keep them", _tune),
     "inspect": Command("look into a model: what each layer reads, gives and knows", _inspect),
+    "steer": Command("make a steering vector from pairs of texts, for generate --steer", _steer),
     "convert": Command("write a run's model, or a GGUF file, as a Hugging Face folder", _convert),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer),
     "doctor": Command("say what is installed, tested and missing", _doctor),

@@ -10,6 +10,9 @@ the layer behind whose output it is then *subtracted*: vectors stored by it may 
 
 As there, a prompt is steered at its last token only, and every new token is; keys and values of what follows see that.
 
+The sign is tested by pairs that the vector was not made of: of each pair's own difference it is asked whether it points along the mean
+of the other pairs' (`agreeing`). Where half of them do not, the mean is chance.
+
 The strength for a given divergence: along v, to second order, KL(p ‖ p_γ) = γ²/2 · Var_p[J v], J v the derivative of the logits
 along v (the variance is vᵀFv with the Fisher information F), so γ = √(2δ / Var_p[J v]). Where logits
 are linear in γ, KL ≤ γ²/8 · (max J v - min J v)² for any γ (Hoeffding's lemma), so γ = √(8δ) / (max - min) is a bound and not an
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,24 +64,27 @@ class Vector:
       layer: the layer behind which it was read, and is added.
       layers: the model's.
       mark: of the model's weights, see `mark`.
+      strength: with which it is added where nothing else is said.
     """
 
     values: np.ndarray
     layer: int
     layers: int
     mark: int
+    strength: float = 1.0
 
     def save(self, file: str | Path) -> None:
         """As an .npz file."""
         with open(file, "wb") as f:
-            np.savez(f, values=self.values, layer=self.layer, layers=self.layers, mark=self.mark)
+            np.savez(f, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, file: str | Path) -> Vector:
         """Raises ValueError where the file is no steering vector."""
         try:
             with np.load(file) as found:
-                return cls(found["values"], *(int(found[name]) for name in ("layer", "layers", "mark")))
+                numbers = (int(found[name]) for name in ("layer", "layers", "mark"))
+                return cls(found["values"], *numbers, float(found["strength"]))
         except (KeyError, OSError, ValueError) as error:
             raise ValueError(f"{file} holds no steering vector: {error}") from None
 
@@ -121,9 +127,12 @@ def plain(cfg) -> None:
 
 
 def mark(params: Tree) -> int:
-    """A number by which weights are told from others: CRC-32 of the embedding table's bytes."""
-    table = np.ascontiguousarray(jax.device_get(params["embedding"]["tokens"]))
-    return zlib.crc32(table.tobytes())
+    """A number by which weights are told from others: CRC-32 of up to 4096 numbers of each tensor, evenly spaced."""
+    found = 0
+    for leaf in jax.tree.leaves(params):
+        flat = np.asarray(jax.device_get(leaf)).reshape(-1)
+        found = zlib.crc32(np.ascontiguousarray(flat[:: max(1, flat.size // 4096)]).tobytes(), found)
+    return found
 
 
 def behind(cfg, params: Tree, texts: Sequence[Sequence[int]], layer: int) -> jax.Array:
@@ -140,11 +149,7 @@ def behind(cfg, params: Tree, texts: Sequence[Sequence[int]], layer: int) -> jax
         raise ValueError(f"there is no layer {layer} to steer behind: the model has layers 0 to {cfg.layers - 1}")
     if empty := [i for i, text in enumerate(texts) if not len(text)]:
         raise ValueError(f"text {empty[0]} is empty; a steering vector is read at the last token of each")
-    longest = max(map(len, texts))
-    tokens = np.zeros((len(texts), longest), np.int32)
-    for row, text in zip(tokens, texts, strict=True):
-        row[: len(text)] = text
-    last = np.array([len(text) - 1 for text in texts])
+    tokens, counts = padded(texts)
 
     @jax.jit
     def run(params, tokens, last):
@@ -154,11 +159,25 @@ def behind(cfg, params: Tree, texts: Sequence[Sequence[int]], layer: int) -> jax
         state, _ = decoder.blocks(cfg, first, decoder.embed(cfg, params, tokens, ctx), ctx)
         return jnp.take_along_axis(state, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
-    return run(params, tokens, last)
+    return run(params, tokens, counts - 1)
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as rows int32 [N, T], and how many of each are real [N]."""
+    tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    return tokens, np.array([len(text) for text in texts], np.int32)
 
 
 def extract(cfg, params: Tree, wanted: Sequence[Sequence[int]], other: Sequence[Sequence[int]], layer: int) -> Vector:
-    """The mean difference of pairs: text i of `wanted` and text i of `other` answer the same.
+    """The mean of `differences`."""
+    found = differences(cfg, params, wanted, other, layer)
+    return Vector(np.asarray(jnp.mean(found, axis=0)), layer, cfg.layers, mark(params))
+
+
+def differences(cfg, params: Tree, wanted: Sequence[Sequence[int]], other: Sequence[Sequence[int]], layer: int):
+    """h(wanted) - h(other) of each pair, float32 [N, D]: text i of `wanted` and text i of `other` answer the same.
 
     Args:
       wanted, other: token ids. About a hundred pairs (Azizi et al.).
@@ -170,9 +189,13 @@ def extract(cfg, params: Tree, wanted: Sequence[Sequence[int]], other: Sequence[
         raise ValueError(
             f"{len(wanted)} texts that are wanted and {len(other)} others are no pairs; give as many of both"
         )
-    read = lambda texts: behind(cfg, params, texts, layer)
-    difference = jnp.mean(read(wanted) - read(other), axis=0)
-    return Vector(np.asarray(difference), layer, cfg.layers, mark(params))
+    return behind(cfg, params, wanted, layer) - behind(cfg, params, other, layer)
+
+
+def agreeing(differences_NxD) -> int:
+    """How many of N pairs point along the mean of the others. About half of them where there is nothing in common."""
+    d = np.asarray(differences_NxD, np.float64)
+    return int((np.sum(d * (d.sum(0) - d), axis=-1) > 0).sum())
 
 
 def strength(
@@ -182,11 +205,13 @@ def strength(
     tokens_BxT,
     divergence: float,
     rule: Literal["second-order", "bound"] = "second-order",
+    counts_B=None,
 ) -> float:
     """The strength at which the next token's distribution diverges by so many nats, on average over the last tokens of these rows.
 
     Args:
-      tokens_BxT: rows of equal length, of which the last token is steered.
+      tokens_BxT: rows, of which the last token is steered.
+      counts_B: how many of a row's tokens are real; the rest is padding at the end. None: all.
       divergence: KL(p ‖ p_steered).
       rule: see the module's text.
 
@@ -196,7 +221,7 @@ def strength(
     if not divergence > 0:
         raise ValueError(f"a divergence of {divergence} nats must be above 0")
     vector.check(cfg, params)
-    slopes_BxV, logits_BxV = slopes(cfg, params, vector, tokens_BxT)
+    slopes_BxV, logits_BxV = slopes(cfg, params, vector, tokens_BxT, counts_B)
     p_BxV = jax.nn.softmax(logits_BxV)
     mean_B = jnp.sum(p_BxV * slopes_BxV, -1)
     if rule == "second-order":
@@ -208,23 +233,50 @@ def strength(
     return float(jnp.sqrt(divergence / per_square))
 
 
-def slopes(cfg, params: Tree, vector: Vector, tokens_BxT):
-    """The logits' derivative along the vector at strength 0, and the logits, at each row's last token: [B, V] each."""
+def said(cfg, params: Tree, tokens_BxT, counts_B, steering: Steering):
+    """The logits at each row's last real token, which alone is steered: float32 [B, V]."""
     from jaxpar.models import decoder
-    from jaxpar.models.context import Context
+    from jaxpar.models.context import Context, Ops
 
-    last = jnp.arange(tokens_BxT.shape[1]) == tokens_BxT.shape[1] - 1
-    unit = vector.steering(cfg, params, 1.0, jnp.broadcast_to(last, tokens_BxT.shape))
+    last_BxT = jnp.arange(tokens_BxT.shape[1])[None] == counts_B[:, None] - 1
+    ctx = Context(steering=steering.replace(tokens=last_BxT))
+    state, _ = decoder.blocks(cfg, params["layers"], decoder.embed(cfg, params, tokens_BxT, ctx), ctx)
+    x_BxTxD = decoder.final_norm(cfg, params, state)
+    x_Bx1xD = jnp.take_along_axis(x_BxTxD, (counts_B - 1)[:, None, None], axis=1)
+    return decoder.logits_of(cfg, params, x_Bx1xD, Ops())[:, 0]
 
-    def logits(params, tokens, unit, by):
-        ctx = Context(steering=unit.replace(vectors=by * unit.vectors))
-        return decoder.apply(cfg, params, tokens, ctx).logits[:, -1]
+
+def slopes(cfg, params: Tree, vector: Vector, tokens_BxT, counts_B=None):
+    """The logits' derivative along the vector at strength 0, and the logits, at each row's last token: [B, V] each."""
 
     @jax.jit
-    def run(params, tokens, unit):
+    def run(params, tokens, counts, unit):
+        at = lambda by: said(cfg, params, tokens, counts, unit.replace(vectors=by * unit.vectors))
         # Forward mode by two backward ones, as operations with gradients of their own have no other: the pullback u -> uᵀJ is
         # linear, and its gradient is J.
-        found, pull = jax.vjp(lambda by: logits(params, tokens, unit, by), jnp.zeros(()))
+        found, pull = jax.vjp(at, jnp.zeros(()))
         return jax.grad(lambda u: pull(u)[0])(jnp.zeros_like(found)), found
 
-    return run(params, tokens_BxT, unit)
+    return run(params, tokens_BxT, counts_of(tokens_BxT, counts_B), vector.steering(cfg, params, 1.0))
+
+
+def divergence(cfg, params: Tree, vector: Vector, by: float, tokens_BxT, counts_B=None) -> float:
+    """KL(p ‖ p_steered) in nats with strength `by`, measured: of the next token, on average over the last tokens of these rows.
+    In float32, so that a divergence below about 1e-6 is not seen.
+
+    Raises:
+      ValueError: as `Vector.steering`.
+    """
+
+    @jax.jit
+    def run(params, tokens, counts, none, some):
+        p, q = (jax.nn.log_softmax(said(cfg, params, tokens, counts, s)) for s in (none, some))
+        return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
+
+    steered = (vector.steering(cfg, params, strength) for strength in (0.0, by))
+    return float(run(params, tokens_BxT, counts_of(tokens_BxT, counts_B), *steered))
+
+
+def counts_of(tokens_BxT, counts_B):
+    B, T = tokens_BxT.shape
+    return jnp.full(B, T, jnp.int32) if counts_B is None else jnp.asarray(counts_B, jnp.int32)

@@ -32,21 +32,27 @@ def continued(
     sampler: Sampler,
     decoding: Decoding | None = None,
     skip: Any = None,
+    steering: Any = None,
     key=None,
     **options: Any,
 ) -> Continued:
     """`jaxpar.generation.continued`, or through exits.
 
     Raises:
-      UserError: parts that are skipped where exits decide; drafts where tokens are drawn; and what `exit_early` and
+      UserError: parts that are skipped, or a stream that is steered, where exits decide; drafts where tokens are drawn; and what `exit_early` and
         `speculate` refuse.
     """
     if decoding is None:
-        found = generation.continued(cfg, params, prompts, sampler=sampler, skip=skip, key=key, **options)
+        options |= dict(skip=skip, steering=steering)
+        found = generation.continued(cfg, params, prompts, sampler=sampler, key=key, **options)
         return Continued(found.rows, found.skipped, found.spared)
     if skip is not None:
         raise UserError(
             "--skip and --decoding both say what a token leaves out, and are not combined: leave one of them away"
+        )
+    if steering is not None:
+        raise UserError(
+            "--steer moves the stream that exits read, whose confidence is not known there: leave --steer or --decoding away"
         )
     if isinstance(decoding, Speculate):
         if sampler.temperature > 0:

@@ -26,6 +26,9 @@ class GenerateConfig:
       skip: parts of layers that tokens leave out. None: none.
       decoding: how exits are used: tokens leave early (exit-early), or an exit drafts what the whole model verifies
         (speculate: the tokens of plain greedy decoding). None: every token runs through all layers.
+      steer: a file of `jaxpar steer`, whose vector is added to the stream at each prompt's last token and at every new one.
+        None: nothing is added.
+      steer_strength: times the vector. None: as the file says; negative leads away from what was wanted.
       quantise: the number formats of weights, activations and cache: w8a16, w4a16, w8a8, w4a8, w4a4, w4ax (8 bits where
         activations have outliers), groups as in w4g32a16, keys and values as in w4a4kv4; or a format for weights and
         activations (mxfp8). None: as the model was saved.
@@ -40,6 +43,8 @@ class GenerateConfig:
     sampler: Sampler = Sampler()
     skip: Skipping | None = None
     decoding: Decoding | None = None
+    steer: str | None = None
+    steer_strength: float | None = None
     quantise: AnyQuantised | None = field(default=None, metadata={"parse": parse})
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -50,6 +55,11 @@ def main(argv: list[str]) -> int | None:
     config = read(GenerateConfig(), argv, prog="jaxpar generate")
     if not config.prompt:
         raise UserError("there is no prompt; give one, for example --prompt 'def '")
+    if config.steer is None and config.steer_strength is not None:
+        raise UserError(
+            f"steer_strength = {config.steer_strength:g} multiplies a vector, and none is given; add --steer FILE, which "
+            "jaxpar steer makes"
+        )
     from jaxpar.start import start
 
     start(compile_cache=config.compile_cache)
@@ -58,11 +68,16 @@ def main(argv: list[str]) -> int | None:
     from jaxpar.adaptive.generate import continued
     from jaxpar.loading import load
     from jaxpar.models.context import Ops
+    from jaxpar.models.steering import Vector
 
     with checking():
         loaded = load(config.model)
         cfg = loaded.cfg if config.dtype is None else loaded.cfg.replace(dtype=config.dtype)
-        params, ops, note = loaded.params, Ops(), ""
+        params, ops, note, steering = loaded.params, Ops(), "", None
+        if config.steer is not None:
+            vector = Vector.load(config.steer)
+            by = vector.strength if config.steer_strength is None else config.steer_strength
+            steering = vector.steering(cfg, params, by)
         if config.quantise is not None:
             params, ops, note = quantised(config.quantise, cfg, loaded, ops)
         found = continued(
@@ -77,6 +92,7 @@ def main(argv: list[str]) -> int | None:
             ops=ops,
             skip=config.skip,
             decoding=config.decoding,
+            steering=steering,
         )
     for i, (text, row) in enumerate(zip(config.prompt, found.rows, strict=True)):
         if i:
@@ -84,6 +100,8 @@ def main(argv: list[str]) -> int | None:
         print(text + loaded.decode(row))
     if note:
         print(note, file=sys.stderr)
+    if steering is not None:
+        print(f"steered behind layer {vector.layer} of {cfg.layers}, {by:.4g} times the vector", file=sys.stderr)
     if found.note:
         print(found.note, file=sys.stderr)
     if config.skip is not None:

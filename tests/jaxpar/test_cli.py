@@ -17,6 +17,7 @@ from jaxpar.commands.generate import GenerateConfig
 from jaxpar.commands.inspect import InspectConfig
 from jaxpar.commands.plan import PlanConfig
 from jaxpar.commands.schedule import ScheduleConfig
+from jaxpar.commands.steer import SteerConfig
 from jaxpar.commands.tokenizer import TokenizerConfig
 from jaxpar.parallel.topology import installed
 from jaxpar.presets import DEFAULT, PRESETS, tiny
@@ -98,6 +99,7 @@ def test_the_version(capsys):
         ("formats", FormatsConfig(), ("for each measurement", "mxint8-asymmetric")),
         ("tune", TuneConfig(), ("quant_matmul", "tokens in a row", "JAXPAR_TUNE_CACHE")),
         ("inspect", InspectConfig(), ("tokens of a row", "probability less the second")),
+        ("steer", SteerConfig(), ("a hundred pairs", "in nats")),
         ("convert", ConvertConfig(), ("new, or empty", "dtype")),
         ("tokenizer", TokenizerConfig(), ("number of token ids",)),
         ("doctor", None, ("what is installed",)),

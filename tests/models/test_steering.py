@@ -12,7 +12,8 @@ from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context
 from jaxpar.models.residual.deep_delta import DeepDelta
-from jaxpar.models.steering import Vector, behind, extract, mark, strength
+from jaxpar.models.steering import Vector, agreeing, behind, extract, mark, strength
+from jaxpar.models.steering import divergence as measured
 
 CFG = ModelConfig(vocabulary=32, layers=3, width=16, heads=2, hidden=24, context=64, init_std=0.3)
 PARAMS = jax.jit(decoder.init, static_argnums=0)(CFG, jax.random.key(0))
@@ -90,6 +91,27 @@ def test_the_strength_gives_the_divergence_that_was_asked_for():
     # To second order: a fourth at half the strength, and the same the other way.
     assert divergence(by) / divergence(by / 2) == pytest.approx(4, rel=0.15)
     assert divergence(by) / divergence(-by) == pytest.approx(1, rel=0.15)
+
+
+def test_rows_of_unequal_length_are_steered_at_their_own_last_token():
+    """The strength of one row, whatever stands behind its end; and what is measured is what was computed in float64."""
+    short = TOKENS[:1, :5]
+    whole = strength(CFG, PARAMS, VECTOR, short, 1e-3)
+    assert strength(CFG, PARAMS, VECTOR, TOKENS[:1], 1e-3, counts_B=[5]) == pytest.approx(whole, rel=1e-5)
+    assert strength(CFG, PARAMS, VECTOR, TOKENS[:1], 1e-3) != pytest.approx(whole, rel=1e-2)
+    assert measured(CFG, PARAMS, VECTOR, 1.0, TOKENS) == pytest.approx(divergence(1.0), rel=1e-4)
+
+
+@pytest.mark.quick
+def test_pairs_agree_or_do_not():
+    """By the mean of the others, so that a pair does not vouch for itself."""
+    draw = np.random.default_rng(0)
+    noise = draw.normal(size=(400, 16))
+    assert agreeing(noise + 2 * draw.normal(size=16)) == 400
+    assert abs(agreeing(noise) - 200) < 60, "about half of them"
+    by_loops = sum(d @ np.delete(noise, i, axis=0).mean(0) > 0 for i, d in enumerate(noise))
+    assert agreeing(noise) == by_loops
+    assert agreeing([[1.0, 0.0], [-1.0, 0.0]]) == 0
 
 
 def test_generation_steers_each_prompts_last_token_and_every_new_one():
