@@ -60,7 +60,7 @@ class AttentionTiles:
 
 TABLE = (
     Row(AttentionTiles(128, 64, 64, stages=3, stages_q=3, stages_k=3), most=(("head_size", 64),)),
-    Row(AttentionTiles(128, 64, 64), most=(("head_size", 128),)),
+    Row(AttentionTiles(128, 64, 64, stages_q=3, stages_k=3), most=(("head_size", 128),)),
     Row(AttentionTiles(64, 64, 64, stages_q=1, stages_k=1)),
 )
 """Tiles by head size. That they compile for Hopper GPUs and fit their registers is tested; which are fastest has not been
