@@ -28,12 +28,17 @@ class KVCache:
       lens: int32 [B], tokens held by each row.
       there: bool [L, B, S], whether a token has keys and values at a layer: one that did not run there has none, and must
         be masked (a key of zeros would still get its share of the softmax). None: every token ran in every layer.
+      behind: what the residual operator keeps for later tokens, leaves [L, B, S, ...], see `jaxpar.models.reach`. None:
+        nothing.
+      tokens: int32 [B, S], the tokens' ids, where the operator's first state looks at earlier embeddings.
     """
 
     k: jax.Array
     v: jax.Array
     lens: jax.Array
     there: jax.Array | None = None
+    behind: Any = None
+    tokens: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -45,7 +50,7 @@ class Pages:
     """What goes from layer to layer beside the residual state. What a call does not use is None.
 
     Attributes:
-      k, v, there: as in `KVCache`.
+      k, v, there, behind: as in `KVCache`.
       record: what a policy that leaves parts of layers out keeps, see `jaxpar.models.routing.skip`.
       tally: what a feed-forward layer with a router counts, see `jaxpar.models.feedforward.duo`.
     """
@@ -53,6 +58,7 @@ class Pages:
     k: jax.Array | None = None
     v: jax.Array | None = None
     there: jax.Array | None = None
+    behind: Any = None
     record: Any = None
     tally: Any = None
 
@@ -71,8 +77,10 @@ def empty(
     shape = (cfg.layers, rows, capacity, cfg.kv_heads, cfg.head_size)
     dtype = jnp.dtype(cfg.dtype if dtype is None else dtype)
     known = jnp.zeros(shape[:3], bool) if there or cfg.depth.sparse else None
+    rest = (known, kept_by(cfg, rows, capacity))
+    rest += (jnp.zeros((rows, capacity), jnp.int32) if cfg.residual.first_reach(cfg) > 1 else None,)
     if form is None:
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32), known)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32), *rest)
     if reason := (found := get(form)).misfit(cfg.head_size):
         raise ValueError(f"keys and values of heads of {cfg.head_size}: {reason}")
     if found.block == "tensor" or isinstance(found.scale, E4M3):
@@ -82,7 +90,14 @@ def empty(
         )
     pages = jax.eval_shape(lambda: quantise(jnp.zeros(shape), found))
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), pages)
-    return KVCache(zeros(), zeros(), jnp.zeros(rows, jnp.int32), known)
+    return KVCache(zeros(), zeros(), jnp.zeros(rows, jnp.int32), *rest)
+
+
+def kept_by(cfg, rows: int, capacity: int):
+    """Empty pages of what the residual operator keeps for later tokens, in the compute dtype: leaves [L, B, S, ...]. None:
+    nothing."""
+    one = lambda shape: jnp.zeros((cfg.layers, rows, capacity, *shape), jnp.dtype(cfg.dtype))
+    return jax.tree.map(one, cfg.residual.memory(cfg), is_leaf=lambda x: isinstance(x, tuple)) or None
 
 
 def write(pages_LxBxSxGxK, new_BxTxGxK, layer, slots_BxT):

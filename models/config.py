@@ -24,6 +24,7 @@ from jaxpar.models.residual.hyper_connections import HyperConnections
 from jaxpar.models.residual.manifold import ManifoldHyperConnections
 from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.residual.plain import Plain
+from jaxpar.models.residual.short_window import ShortWindow
 from jaxpar.models.residual.vertical import VerticalAttention
 from jaxpar.models.routing.depth import EveryToken, MixtureOfDepths
 
@@ -42,6 +43,7 @@ Residual = (
     | ElcBert
     | VerticalAttention
     | DepthWindow
+    | ShortWindow
 )
 
 Depth = EveryToken | MixtureOfDepths

@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from jaxpar.models import cache as kv
+from jaxpar.models import reach
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, dropout
 from jaxpar.models.positions import Rope, rotate, turns
@@ -85,6 +86,7 @@ class Tables:
       slots: int32 [B, T], the cache slots of the new tokens, where there is a cache.
       windows: the attention span of each kind, or None where no layer slides (static).
       index: int32 [B, T], the place in its row of each token, where they are some of a row's. None: 0, 1, 2, ...
+      documents: int32 [B, n + S], see `residual.base.Behind`, where the residual operator reaches n tokens back.
     """
 
     cos: jax.Array | None
@@ -93,6 +95,7 @@ class Tables:
     slots: jax.Array | None
     windows: tuple[int, ...] | None = struct.field(pytree_node=False)
     index: jax.Array | None = None
+    documents: jax.Array | None = None
 
 
 def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
@@ -113,7 +116,9 @@ def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
         slots = ctx.cache.lens[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
     if any(distinct):
         windows = tuple(cfg.window if local else FULL for local in distinct)
-    return Tables(cos, sin, positions_BxT, slots, windows)
+    back = cfg.residual.reach(cfg) - 1
+    documents = reach.documents(ctx, (B, T), back) if back else None
+    return Tables(cos, sin, positions_BxT, slots, windows, documents=documents)
 
 
 def _pick(rows, kind):
@@ -217,14 +222,23 @@ def whole(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
     """Layer `layer` of the model, the i-th of the slice at hand: `(state, pages) -> (state, pages)`. The state is not
     committed."""
     mixer = params.get("residual", {})
+    remembered = cfg.residual.memory(cfg)
+
+    def behind(name, state, pages):
+        """What the residual operator asks for of earlier tokens, nothing or one `Behind`; the pages with these tokens in."""
+        if name not in remembered:
+            return (), pages
+        kept = cfg.residual.kept(cfg, mixer, state, name)
+        found, pages = reach.behind(cfg, ctx, tables, pages, kept, name, i)
+        return (found,), pages
 
     def normed(own, x):
         x = cfg.norm(own["norm"], x) if "norm" in own else x
         return ctx.ops.constrain(x, ("batch", "length", "embed"))
 
-    def branch(name, site, run, state):
+    def branch(name, site, run, state, *before):
         own = params[name]
-        x, told = cfg.residual.read(cfg, mixer, state, layer, name)
+        x, told = cfg.residual.read(cfg, mixer, state, layer, name, *before)
         if isinstance(x, Streams):
             norms = [own if norm is None else {"norm": norm} for norm in (None, *(x.norms or (None, None)))]
             x = Streams(*map(normed, norms, x[:3]))
@@ -237,15 +251,17 @@ def whole(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
         return cfg.residual.write(cfg, mixer, state, told, y, layer, name), rest
 
     def attend(ctx, state, pages):
-        return branch("attention", 1, lambda p, x: attention_branch(cfg, p, x, pages, ctx, tables, i, kind), state)
+        before, pages = behind("attention", state, pages)
+        run = lambda p, x: attention_branch(cfg, p, x, pages, ctx, tables, i, kind)
+        return branch("attention", 1, run, state, *before)
 
-    def transform(state, tally=None):
+    def transform(state, tally=None, before=()):
         def run(p, x):
             if cfg.feedforward.routed:
                 return cfg.feedforward.routed_apply(cfg, p, x, ctx, layer, tally)
             return cfg.feedforward.apply(cfg, p, x, ctx.ops), None
 
-        return branch("feedforward", 2, run, state)
+        return branch("feedforward", 2, run, state, *before)
 
     if ctx.skip is not None:
 
@@ -259,7 +275,8 @@ def whole(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
 
         return skip.around(cfg, ctx, state, pages, layer, tables.positions, attend, transform, keys_only)
     state, pages = attend(ctx, state, pages)
-    state, tally = transform(state, None if pages is None else pages.tally)
+    before, pages = behind("feedforward", state, pages)
+    state, tally = transform(state, None if pages is None else pages.tally, before)
     return state, pages if tally is None else pages.replace(tally=tally)
 
 

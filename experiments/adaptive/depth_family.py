@@ -41,6 +41,7 @@ from jaxpar.models.residual.hyper_connections import HyperConnections
 from jaxpar.models.residual.manifold import ManifoldHyperConnections
 from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.residual.plain import Plain
+from jaxpar.models.residual.short_window import ShortWindow
 from jaxpar.models.residual.vertical import VerticalAttention
 from jaxpar.optimisers_config import AdamW, WarmupCosine
 from jaxpar.presets import llama
@@ -62,6 +63,8 @@ FAMILY = {
     "delta": DeepDelta(),
     "delta, write only": DeepDelta(update="write"),
     "delta, 4 channels": DeepDelta(channels=4),
+    "delta, 4 channels over tokens": DeepDelta(channels=4, compressor="tokens", embedding="convolution"),
+    "window over tokens": ShortWindow(),
     "delta, 4 channels, write only": DeepDelta(channels=4, update="write"),
 }
 

@@ -34,6 +34,7 @@ def mixers() -> dict:
     from jaxpar.models.residual.manifold import ManifoldHyperConnections
     from jaxpar.models.residual.mudd import MuddFormer
     from jaxpar.models.residual.plain import Plain
+    from jaxpar.models.residual.short_window import ShortWindow
 
     return {
         "plain": Plain(),
@@ -48,6 +49,8 @@ def mixers() -> dict:
         "MUDDFormer": MuddFormer(),
         "DeepCrossAttention, latest 2": DeepCrossAttention(latest=2),
         "window over depth": DepthWindow(),
+        "short window": ShortWindow(),
+        "deep delta, 4 channels over tokens": DeepDelta(channels=4, compressor="tokens", embedding="convolution"),
     }
 
 

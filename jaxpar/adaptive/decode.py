@@ -82,6 +82,11 @@ def exit_early(
         raise UserError(
             "the confidence Learned has parameters: fit them (jaxpar.adaptive.confidence.fit) and give them as `own`"
         )
+    if (back := max(cfg.residual.reach(cfg), cfg.residual.first_reach(cfg))) > 1:
+        raise UserError(
+            f"model.residual = {type(cfg.residual).__name__} looks at the last {back} tokens of the stream, and a token that left "
+            "early has none in the layers behind its exit; generate without --decoding, or with self-speculation"
+        )
     rows = prepared(cfg, prompts, new_tokens, stop, policy.remedy.window + 1)
     stack = Stack(cfg, at, ops, cfg.vocabulary if vocabulary is None else vocabulary)
     value, fixed = jnp.float32(policy.threshold.value), replace(policy, threshold=replace(policy.threshold, value=0.5))

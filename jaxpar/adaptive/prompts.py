@@ -18,6 +18,7 @@ from jaxpar.models import decoder
 from jaxpar.models.cache import KVCache
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
+from jaxpar.models.reach import noted
 
 Tree = Any
 
@@ -95,8 +96,9 @@ class Stack:
         """An empty cache for each part, with lengths of its own: a part may be behind the one before it."""
         whole = kv.empty(self.cfg, rows, capacity, form=self.ops.cache)
         bounds = zip((0, *self.at), (*self.at, self.cfg.layers), strict=True)
-        part = lambda a, b: jax.tree.map(lambda x: x[a:b], (whole.k, whole.v, whole.there))
-        return [whole.replace(k=k, v=v, there=there) for k, v, there in (part(a, b) for a, b in bounds)]
+        part = lambda a, b: jax.tree.map(lambda x: x[a:b], (whole.k, whole.v, whole.there, whole.behind))
+        parts = (part(a, b) for a, b in bounds)
+        return [whole.replace(k=k, v=v, there=there, behind=behind) for k, v, there, behind in parts]
 
     def embed(self, params: Tree, tokens_BxQ, cache: KVCache):
         return decoder.embed(self.cfg, params, tokens_BxQ, Context(cache=cache, ops=self.ops))
@@ -121,6 +123,7 @@ class Stack:
     def prefill(self, params: Tree, parts: list[Tree], tokens_BxP, counts_B, caches: list[KVCache]):
         """The prompts through all parts: logits [B, V] behind each row's last token, and the caches."""
         state, filled = self.embed(params, tokens_BxP, caches[0]), []
+        caches = [noted(caches[0], tokens_BxP), *caches[1:]]
         for number, (part, cache) in enumerate(zip(parts, caches, strict=True)):
             state, cache = self.run(part, number, state, cache, counts_B)
             filled.append(cache)

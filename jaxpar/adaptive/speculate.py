@@ -29,6 +29,7 @@ from jaxpar.adaptive.prompts import Stack, prepared, stops
 from jaxpar.errors import UserError
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Ops
+from jaxpar.models.reach import noted
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _run(stack: Stack, K: int, capacity: int, room: int, params, tokens_BxP, cou
         def step(carry, i):
             token_B, cache = carry
             state = stack.embed(params, token_B[:, None], cache)
+            cache = noted(cache, token_B[:, None])
             state, cache = stack.run(shallow, 0, state, cache, one_B)
 
             def next_token(state):

@@ -1,9 +1,10 @@
 """The residual stream as an operator over depth: what every mixer is asked, and the two types of those that keep sources.
 
 A decoder's branch (attention or feed-forward) reads one input, and what it gives is written back. Plainly the stream is one
-vector a token; a mixer may keep several, or every layer's, and combine them in its own way. All mixers here look at
-one token at a time, so nothing of a mixer is kept from one decoding step to the next, and keys and values, which are made
-from mixed inputs, stay right.
+vector a token; a mixer may keep several, or every layer's, and combine them in its own way. Nearly all mixers here look at
+one token at a time: nothing of them is kept from one decoding step to the next, and keys and values, which are made
+from mixed inputs, stay right. A mixer that looks at earlier tokens' streams too says how far (`reach`), and is given them
+(`Behind`); the cache keeps what they ask for, see `jaxpar.models.reach`.
 
 What a mixer keeps says its type:
 
@@ -40,6 +41,18 @@ class Streams(NamedTuple):
     norms: tuple | None = None
 
 
+class Behind(NamedTuple):
+    """Earlier tokens, for a mixer whose reach is n + 1 tokens. S tokens at hand, the n before them in front.
+
+    Attributes:
+      values: what the mixer kept of them (`DepthMixer.kept`), a pytree of [B, n + S, ...]; zero where there is no token.
+      documents: int32 [B, n + S], which document of its row a token belongs to; -1 where there is no token.
+    """
+
+    values: Any
+    documents: Any
+
+
 @dataclass(frozen=True)
 class DepthMixer:
     """The interface. `state` is a pytree whose shapes do not depend on the layer: it is carried through the loop over
@@ -60,8 +73,51 @@ class DepthMixer:
     def check_route(self, route) -> None:
         """Raises ValueError where this mixer needs every layer in order, and `route` (None: there is none) says otherwise."""
 
+    def check_spread(self, cfg, sequence: int, shards: int, length: int | None) -> None:
+        """Raises ValueError where this mixer needs earlier tokens that are not at hand.
+
+        Args:
+          sequence: devices that the tokens of a row lie on.
+          shards: those that the stream's tokens lie on between branches, in the row's order.
+          length: tokens of a row. None: not known yet.
+        """
+        reach, name = max(self.reach(cfg), self.first_reach(cfg)), type(self).__name__
+        if reach > 1 and sequence > 1:
+            raise ValueError(
+                f"model.residual = {name} looks at the last {reach} tokens of the stream, and here a row's tokens lie on "
+                f"{sequence} devices, in the order that attention wants; train on a mesh with sequence=1, or take an operator "
+                "that looks at one token at a time"
+            )
+        if length is not None and shards > 1 and length // shards < reach - 1:
+            raise ValueError(
+                f"model.residual = {name} looks at {reach - 1} earlier tokens of the stream, and with products by hand over "
+                f"{shards} devices each holds {length // shards} of a row's {length}, too few to hand them on; take longer rows, "
+                "fewer devices, or tensor.products = 'whole'"
+            )
+
+    def reach(self, cfg) -> int:
+        """How many tokens of the stream a token sees at a layer, itself the last; attention is not counted. 1: itself only."""
+        return 1
+
+    def first_reach(self, cfg) -> int:
+        """How many tokens' embeddings a token's first state is made of, itself the last."""
+        return 1
+
+    def memory(self, cfg) -> dict:
+        """The shapes, for one token of one layer, of what `kept` gives at each site; sites where nothing is kept are left out.
+        The cache has room for that."""
+        return {}
+
+    def kept(self, cfg, params, state, site: Site):
+        """What later tokens see of these at this site: a pytree of [B, T, ...]. Asked for where `memory` names the site."""
+        raise NotImplementedError
+
     def spec(self, cfg) -> dict:
         """Parameters for one layer (stacked by the caller)."""
+        return {}
+
+    def first_spec(self, cfg) -> dict:
+        """Parameters of what makes the first state, which no layer has."""
         return {}
 
     def head_spec(self, cfg) -> dict:
@@ -73,7 +129,8 @@ class DepthMixer:
         return 0
 
     def init(self, cfg, x_BxTxD):
-        """The state at the first layer, from the embedding."""
+        """The state at the first layer, from the embedding. A mixer with a `first_reach` is given `(params, behind)` more:
+        those of `first_spec`, and embeddings as `Behind`."""
         raise NotImplementedError
 
     def tokens(self, state) -> tuple[int, int]:
@@ -81,7 +138,8 @@ class DepthMixer:
         raise NotImplementedError
 
     def read(self, cfg, params, state, layer, site: Site) -> tuple[Any, Any]:
-        """What a branch of `layer` sees, [B, T, D] or (attention) `Streams`, and what `write` is to be told of it."""
+        """What a branch of `layer` sees, [B, T, D] or (attention) `Streams`, and what `write` is to be told of it. At a site
+        that `memory` names, `Behind` is given as one argument more."""
         raise NotImplementedError
 
     def write(self, cfg, params, state, told, y_BxTxD, layer, site: Site):
@@ -107,7 +165,16 @@ class DepthMixer:
     def wire_bytes(self, cfg, rows: int, tokens: int) -> int:
         """Bytes that cross a pipeline boundary for so many rows, forwards; as many gradients come back."""
         x = jax.ShapeDtypeStruct((rows, tokens, cfg.width), jnp.dtype(cfg.dtype))
-        wire = jax.eval_shape(lambda x: self.to_wire(cfg, self.init(cfg, x)), x)
+        more = ()
+        if (n := self.first_reach(cfg) - 1) or self.first_spec(cfg):
+            params = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype),
+                self.first_spec(cfg),
+                is_leaf=lambda s: hasattr(s, "axes"),
+            )
+            longer = jax.ShapeDtypeStruct((rows, n + tokens, cfg.width), x.dtype)
+            more = (params, Behind(longer, jax.ShapeDtypeStruct((rows, n + tokens), jnp.int32)))
+        wire = jax.eval_shape(lambda x, *more: self.to_wire(cfg, self.init(cfg, x, *more)), x, *more)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wire))
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxpar.models.lazy import jax, jnp
-from jaxpar.models.residual.base import DepthMixer, dot
+from jaxpar.models.residual.base import Behind, DepthMixer, dot
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 
 KERNEL = 4
-"""The span of the compressor's convolution over channels."""
+"""The span of the convolutions, over channels and over tokens."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,26 @@ class Uniform:
 
     def __call__(self, key, shape, dtype):
         return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Newest:
+    """A convolution over tokens [K, ...] that gives the newest token as it is."""
+
+    def __call__(self, key, shape, dtype):
+        return jnp.zeros(shape, dtype).at[-1].set(1)
+
+
+def shifted(behind: Behind, kernel: int) -> list:
+    """The values behind each of S tokens, [B, S, ...] for each of `kernel` places, the token itself last; zero where the place is
+    in another document or in none."""
+    n = kernel - 1
+    S = behind.documents.shape[1] - n
+    own_BxS, found = behind.documents[:, n:], []
+    for j in range(kernel):
+        x, same = behind.values[:, j : j + S], behind.documents[:, j : j + S] == own_BxS
+        found.append(x if j == n else jnp.where(same.reshape(*same.shape, *(1,) * (x.ndim - 2)), x, 0))
+    return found
 
 
 def delta(x_BxTxVxD, k_BxTxD, v_BxTxV, beta_BxT, *, erase: bool = True):
@@ -49,12 +69,18 @@ class DeepDelta(DepthMixer):
 
     One channel is the scalar form. With more, the embedding is repeated, and a layer reads a mix of the channels: a
     convolution over channels, each feature with its own kernel, then a weighted sum (the authors' compressor CC, one for both
-    branches of a layer). Their convolutions over tokens (TC, EC) are not here.
+    branches of a layer); or a causal convolution over the last 4 tokens, each feature of each channel with its own kernel,
+    then the weighted sum (TC). The first state can be such a convolution of embeddings (EC), which starts as the repeated
+    embedding. No convolution looks into another document. The head reads a mix over channels in either case; the
+    authors' head convolves over tokens where their layers do.
 
     The gate sees RMSNorm(x) without a gain, the authors' with the branch's gain, which the gate's weights can hold.
 
     Attributes:
       channels: d_v.
+      compressor: what a layer reads of the channels: a mix over "channels" (CC) or over "tokens" (TC). TC starts as the mean, with
+        one channel too.
+      embedding: the first state: "repeat" the embedding, or its "convolution" over the last 4 tokens (EC).
       update: "delta"; "write" leaves the erasure kᵀX out: the control that the authors name as missing.
       value: v is "linear" in RMSNorm(x), as in the paper; "sigmoid": 4σ(W x + b) of x itself, as in the authors' expanded
         form; "constant": 2, as in their scalar form.
@@ -63,6 +89,8 @@ class DeepDelta(DepthMixer):
     """
 
     channels: int = 1
+    compressor: Literal["channels", "tokens"] = "channels"
+    embedding: Literal["repeat", "convolution"] = "repeat"
     update: Literal["delta", "write"] = "delta"
     value: Literal["linear", "sigmoid", "constant"] = "linear"
     beta: float = 1.0
@@ -76,6 +104,29 @@ class DeepDelta(DepthMixer):
                 f"residual.beta = {self.beta} is outside (0, 2), the range of 2 sigmoid: at 0 no branch has a gradient, and at 2 the "
                 "gate has none; 1 is what the authors start from"
             )
+
+    def reach(self, cfg) -> int:
+        return KERNEL if self.compressor == "tokens" else 1
+
+    def first_reach(self, cfg) -> int:
+        return KERNEL if self.embedding == "convolution" else 1
+
+    def memory(self, cfg) -> dict:
+        if self.compressor == "channels":
+            return {}
+        return dict.fromkeys(("attention", "feedforward"), (self.channels, cfg.width))
+
+    def kept(self, cfg, params, state, site):
+        return state
+
+    def first_spec(self, cfg) -> dict:
+        if self.embedding == "repeat":
+            return {}
+        return {"mix": self._taps(cfg, Newest())}
+
+    def _taps(self, cfg, init) -> ParamSpec:
+        """A kernel over tokens of each feature of each channel."""
+        return ParamSpec((KERNEL, self.channels, cfg.width), (None, None, "norm"), init, decay=False)
 
     def spec(self, cfg) -> dict:
         D, V = cfg.width, self.channels
@@ -91,7 +142,11 @@ class DeepDelta(DepthMixer):
                 "weight": ParamSpec((D, V), ("embed", None), Normal(cfg.init_std)),
                 "bias": ParamSpec((V,), (None,), Constant(0.0), decay=False),
             }
-        return {"attention": one, "feedforward": one, **self.head_spec(cfg)}
+        compress = self.head_spec(cfg)
+        if self.compressor == "tokens":
+            read = ParamSpec((V,), (None,), Constant(1 / V), decay=False)
+            compress = {"compress": {"mix": self._taps(cfg, Constant(1 / KERNEL)), "read": read}}
+        return {"attention": one, "feedforward": one, **compress}
 
     def head_spec(self, cfg) -> dict:
         if self.channels == 1:
@@ -106,13 +161,24 @@ class DeepDelta(DepthMixer):
 
     def flops(self, cfg) -> int:
         V = self.channels
-        return 2 * 2 * cfg.width * (1 + (self.value != "constant") * V + (V if V > 1 else 0) + 2 * V)
+        mixed = KERNEL * V if self.compressor == "tokens" else V if V > 1 else 0
+        return 2 * 2 * cfg.width * (1 + (self.value != "constant") * V + mixed + 2 * V)
 
-    def init(self, cfg, x_BxTxD):
-        return jnp.repeat(x_BxTxD[:, :, None], self.channels, axis=2)
+    def init(self, cfg, x_BxTxD, params=None, behind: Behind | None = None):
+        if self.embedding == "repeat":
+            return jnp.repeat(x_BxTxD[:, :, None], self.channels, axis=2)
+        taps = params["mix"].astype(x_BxTxD.dtype)
+        return sum(x[:, :, None] * w[None, None] for x, w in zip(shifted(behind, KERNEL), taps, strict=True))
 
     def tokens(self, state):
         return state.shape[:2]
+
+    def over_tokens(self, params, behind: Behind):
+        """What a branch reads of the channels of the last tokens: [B, T, D]."""
+        p = params["compress"]
+        taps_KxVxD = (p["mix"] * p["read"][None, :, None]).astype(behind.values.dtype)
+        terms = zip(shifted(behind, KERNEL), taps_KxVxD, strict=True)
+        return sum(jnp.einsum("btvd,vd->btd", x, w) for x, w in terms)
 
     def compressed(self, params, state):
         """What a branch reads of the channels: [B, T, D]."""
@@ -127,8 +193,8 @@ class DeepDelta(DepthMixer):
         taps_VxK = jnp.stack([padded[K + left - j : K + left - j + V] for j in range(K)], axis=1)
         return jnp.einsum("btvd,vd->btd", state, (taps_VxK @ mix_KxD).astype(state.dtype))
 
-    def read(self, cfg, params, state, layer, site):
-        x_BxTxD = self.compressed(params, state)
+    def read(self, cfg, params, state, layer, site, behind: Behind | None = None):
+        x_BxTxD = self.compressed(params, state) if behind is None else self.over_tokens(params, behind)
         p = jax.tree.map(lambda w: w.astype(jnp.float32), params[site])
         x = x_BxTxD.astype(jnp.float32)
         product = lambda w: jnp.dot(x, w, precision=jax.lax.Precision.HIGHEST)

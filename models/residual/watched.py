@@ -103,8 +103,23 @@ class Watched(DepthMixer):
     def flops(self, cfg) -> int:
         return self.inner.flops(cfg)
 
-    def init(self, cfg, x_BxTxD):
-        state = self.inner.init(cfg, x_BxTxD)
+    def reach(self, cfg) -> int:
+        return self.inner.reach(cfg)
+
+    def first_reach(self, cfg) -> int:
+        return self.inner.first_reach(cfg)
+
+    def first_spec(self, cfg) -> dict:
+        return self.inner.first_spec(cfg)
+
+    def memory(self, cfg) -> dict:
+        return self.inner.memory(cfg)
+
+    def kept(self, cfg, params, state, site):
+        return self.inner.kept(cfg, params, state[0], site)
+
+    def init(self, cfg, x_BxTxD, *first):
+        state = self.inner.init(cfg, x_BxTxD, *first)
         n = len(sources_of(state)) if isinstance(state, Stack) else 0
         two = jnp.zeros((cfg.layers, 2), jnp.float32)
         reads = jnp.zeros((cfg.layers, *x_BxTxD.shape), x_BxTxD.dtype)
@@ -114,9 +129,9 @@ class Watched(DepthMixer):
     def tokens(self, state):
         return self.inner.tokens(state[0])
 
-    def read(self, cfg, params, state, layer, site):
+    def read(self, cfg, params, state, layer, site, *behind):
         inner, seen = state
-        x, told = self.inner.read(cfg, params, inner, layer, site)
+        x, told = self.inner.read(cfg, params, inner, layer, site, *behind)
         first = x.query if isinstance(x, Streams) else x
         if site == "attention":
             seen = seen._replace(reads=seen.reads.at[layer].set(first))

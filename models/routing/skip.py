@@ -174,7 +174,7 @@ def check(policy: Skipping, cfg) -> None:
     if not isinstance(cfg.residual, Plain):
         raise ValueError(
             f"a part of a layer is left out where the stream stays as it is, but model.residual = "
-            f"{type(cfg.residual).__name__} keeps more than one stream; only Plain can be skipped"
+            f"{type(cfg.residual).__name__} keeps more than one stream or reads earlier tokens'; only Plain can be skipped"
         )
 
 

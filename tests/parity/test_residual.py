@@ -20,12 +20,13 @@ from jaxpar.skipping.config import LayerDrop
         ("mudd", "fsdp=2,tensor=2", "weave"),
         ("attention residuals", "sequence=2,tensor=2", "ring"),
         ("attention residuals", "data=2,stage=2", "whole"),
-        ("deep delta", "stage=2,fsdp=2", "whole"),
+        ("deep delta over tokens", "stage=2,tensor=2", "gathered"),
         ("mudd", "stage=3", "whole"),
     ],
 )
 def test_a_residual_operator_on_a_mesh_is_the_single_device_run(model, mesh, products, devices):
-    """Over stages the payload is the operator's state: static shapes, every slot of its sources."""
+    """Over stages the payload is the operator's state: static shapes, every slot of its sources. Earlier
+    tokens that an operator looks at come from the device that has them."""
     found = run(MODELS[model], MeshConfig.parse(mesh), tensor=TensorConfig(products))
     assert not too_large(found, reference(model))
 

@@ -27,7 +27,9 @@ CFG = ModelConfig(
     init_std=0.3,
     exits=Exits((1, 2), OwnNorm()),
 )
-DELTA = CFG.replace(residual=DeepDelta(channels=2), window=6, window_pattern=(True, False))
+DELTA = CFG.replace(
+    residual=DeepDelta(channels=2, compressor="tokens", embedding="convolution"), window=6, window_pattern=(True, False)
+)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [58]]
 NEW = 20
 VOCABULARY = 50

@@ -66,6 +66,7 @@ class Decoder:
         return self.feedforward(s // 2, h) if s % 2 else self.attention(s // 2, h)
 
     def logits(self, tokens):
+        self.first = self.params["embedding"].get("residual", {})
         table = self.params["embedding"]["tokens"]
         h = MIXERS[type(self.cfg.residual).__name__](self, self.cfg.residual, table[tokens])
         h = rms(h, self.cfg.norm.epsilon) * self.params["head"]["norm"]["scale"]
@@ -141,7 +142,22 @@ def deep_delta(m, r, x):
     V = r.channels
     X = np.stack([x] * V)
 
+    def convolve(w, x):
+        """A causal convolution over tokens, token by token; w [K, D]."""
+        out = np.zeros_like(x)
+        for t in range(x.shape[1]):
+            for j in range(len(w)):
+                if (at := t - (len(w) - 1) + j) >= 0:
+                    out[:, t] += w[j] * x[:, at]
+        return out
+
+    if r.embedding == "convolution":
+        X = np.stack([convolve(m.first["mix"][:, c], x) for c in range(V)])
+
     def compress(p):
+        if p is not m.head and r.compressor == "tokens":
+            p = p["compress"]
+            return sum(p["read"][c] * convolve(p["mix"][:, c], X[c]) for c in range(V))
         if V == 1:
             return X[0]
         w, K = p["compress"]["mix"], p["compress"]["mix"].shape[0]
@@ -249,6 +265,21 @@ def depth_window(m, r, x):
     return X[-1]
 
 
+def short_window(m, r, x):
+    for layer in range(m.L):
+        p, n = m.own(layer), rms(x, r.epsilon)
+        q, k, v = (n @ p[name] for name in ("query", "key", "value"))
+        read = np.zeros_like(x)
+        for t in range(x.shape[1]):
+            near = slice(max(0, t - r.window + 1), t + 1)
+            w = softmax((q[:, t, None] * k[:, near]).sum(-1) / np.sqrt(x.shape[-1]))
+            read[:, t] = (w[..., None] * v[:, near]).sum(1)
+        x = x + read
+        x = x + m.attention(layer, x)
+        x = x + m.feedforward(layer, x)
+    return x
+
+
 MIXERS = {
     "Plain": plain,
     "DenseFormer": dense_former,
@@ -261,4 +292,5 @@ MIXERS = {
     "DeepCrossAttention": cross_attention,
     "MuddFormer": mudd,
     "DepthWindow": depth_window,
+    "ShortWindow": short_window,
 }

@@ -23,6 +23,7 @@ from jaxpar.models.residual.hyper_connections import HyperConnections
 from jaxpar.models.residual.manifold import ManifoldHyperConnections
 from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.residual.plain import Plain
+from jaxpar.models.residual.short_window import ShortWindow
 from jaxpar.models.residual.vertical import VerticalAttention
 from jaxpar.models.spec import path_name
 from tests.models.residual.straight import Decoder
@@ -61,6 +62,8 @@ MIXERS = [
     (DeepCrossAttention(version=2, latest=1), 1e-5),
     (MuddFormer(), 0),
     (DepthWindow(window=2), None),
+    (ShortWindow(window=3), None),
+    (DeepDelta(channels=2, compressor="tokens", embedding="convolution", value="sigmoid"), None),
 ]
 every_mixer = pytest.mark.parametrize("mixer", [m for m, _ in MIXERS], ids=str)
 TOKENS = np.random.default_rng(0).integers(0, 29, (2, 9), np.int32)
@@ -145,9 +148,9 @@ def test_equal_to_the_plain_stream_at_initialisation_where_it_says_so(mixer, off
     assert np.linalg.norm(away - expected) > 0.05 * np.linalg.norm(expected), "its parameters change nothing"
 
 
-@pytest.mark.parametrize("mixer", {type(m): m for m, _ in MIXERS}.values(), ids=str)
+@pytest.mark.parametrize("mixer", {(type(m), m.reach(CFG)): m for m, _ in MIXERS}.values(), ids=str)
 def test_cached_decode_equals_the_full_pass(mixer):
-    """Ragged rows in unequal chunks: a mixer keeps nothing from token to token."""
+    """Ragged rows in unequal chunks: nothing is kept from token to token but what a mixer with a reach asks for."""
     cfg, params = cfg_of(mixer), params_of(mixer, 0.3)
     full = run(cfg, params, TOKENS)[0]
     forward = jax.jit(partial(decoder.forward, cfg))

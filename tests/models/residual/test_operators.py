@@ -10,10 +10,11 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
 from jaxpar.models.residual.deep_delta import DeepDelta, delta, direction
 from jaxpar.models.residual.dense_former import DenseFormer
-from jaxpar.models.residual.depth_window import DepthWindow, short_window
+from jaxpar.models.residual.depth_window import DepthWindow
 from jaxpar.models.residual.hyper_connections import HyperConnections
 from jaxpar.models.residual.manifold import ManifoldHyperConnections, sinkhorn
 from jaxpar.models.residual.plain import Plain
+from jaxpar.models.residual.short_window import short_window
 from jaxpar.models.spec import count
 
 DRAW = np.random.default_rng(0)
@@ -92,6 +93,37 @@ def test_a_beta_of_zero_is_a_dead_start():
     assert reach(0.0) > 1e-2
 
 
+def along(x_xxSxD, query, key, value, window):
+    """The operator along the last dimension but one, of one document."""
+    q, k, v = (x_xxSxD @ w for w in (query, key, value))
+    front = [(0, 0)] * (q.ndim - 2) + [(window - 1, 0), (0, 0)]
+    places = jnp.arange(-(window - 1), q.shape[-2], dtype=jnp.int32).reshape((1,) * (q.ndim - 2) + (-1,))
+    there = jnp.where(places >= 0, 0, -1)
+    return short_window(q, jnp.pad(k, front), jnp.pad(v, front), there[..., window - 1 :], there, window)
+
+
+@pytest.mark.quick
+def test_blocks_of_the_short_window_are_the_window_written_out():
+    """Rows longer than a block, in documents: token by token in float64, and a poisoned document reaches no other."""
+    window, S, D = 3, 75, 8
+    q, k, v = normal(2, S, D), normal(2, window - 1 + S, D), normal(2, window - 1 + S, D)
+    own = jnp.asarray(np.repeat([[0, 1, 2], [4, 4, 5]], 25, axis=1), jnp.int32)
+    there = jnp.concatenate([jnp.array([[-1, 0], [4, 4]]), own], axis=1)
+    found = short_window(q, k, v, own, there, window)
+    (Q, K, V), (mine, of) = (np.asarray(x, np.float64) for x in (q, k, v)), (np.asarray(own), np.asarray(there))
+    found = np.asarray(found)
+    for b in range(2):
+        for t in range(S):
+            near = [j for j in range(t, t + window) if of[b, j] == mine[b, t]]
+            weights = np.exp(K[b, near] @ Q[b, t] / np.sqrt(D))
+            expected = weights @ V[b, near] / weights.sum()
+            np.testing.assert_allclose(found[b, t], expected, rtol=1e-5, atol=1e-5)
+    poison = jnp.where((there == 1)[..., None], 1e6, 1.0)
+    again = short_window(q, k * poison, v * poison, own, there, window)
+    np.testing.assert_array_equal(again[own != 1], found[own != 1])
+    assert np.abs(again[own == 1] - found[own == 1]).min() > 0
+
+
 @pytest.mark.quick
 def test_the_read_over_depth_is_short_window_attention_on_the_transposed_stack():
     """One operator over either dimension (residual-stream duality), and the sequence is the wrong one."""
@@ -101,14 +133,14 @@ def test_the_read_over_depth_is_short_window_attention_on_the_transposed_stack()
         params = {name: normal(16, 16) for name in ("query", "key", "value")}
         slots = normal(5, 2, 6, 16)
         x = slots / np.sqrt(np.mean(np.square(slots), -1, keepdims=True) + mixer.epsilon)
-        whole = slots + jnp.moveaxis(short_window(jnp.moveaxis(x, 0, 2), **params, window=window), 2, 0)
+        whole = slots + jnp.moveaxis(along(jnp.moveaxis(x, 0, 2), **params, window=window), 2, 0)
         found = jnp.stack([mixer.mix(cfg, params, slots, layer)[0] for layer in range(4)])
         np.testing.assert_allclose(found, whole[:4], rtol=1e-4, atol=1e-4)
         traced, _ = jax.jit(mixer.mix, static_argnums=0)(cfg, params, slots, 2)
         np.testing.assert_allclose(traced, whole[2], rtol=1e-4, atol=1e-4)
-        along_tokens = slots + short_window(x, **params, window=window)
+        along_tokens = slots + along(x, **params, window=window)
         assert window == 1 or np.abs(along_tokens - whole).max() > 0.1
-    np.testing.assert_allclose(short_window(x, **params, window=1), x @ params["value"], atol=1e-5)
+    np.testing.assert_allclose(along(x, **params, window=1), x @ params["value"], atol=1e-5)
 
 
 @pytest.mark.quick
