@@ -5,7 +5,8 @@ output norms     root mean square of what branches read and gave
 cosines          cos(x, x + y) of a branch: near 1, it changed little (FFN-SkipLLM's measure)
 lens             loss, confidence and agreement with the last layer, if the model ended behind a layer: what the next
                  layer's attention reads goes through the final norm and the output projection (logit lens,
-                 nostalgebraist 2020). Layer 0 is the embedding.
+                 nostalgebraist 2020); behind a layer that has an exit, its stream goes through what the exit has of its
+                 own, as in training and decoding. Layer 0 is the embedding.
 exits            behind which layer a token would leave, were a confidence of the lens enough; the depth and the FLOPs
                  that a token would then take on average. Nothing is left out here, so nothing is saved: it says what
                  there would be to save, and not what leaving does to the keys and values that later tokens see.
@@ -49,7 +50,13 @@ class Lens(NamedTuple):
     kept: jax.Array
 
 
-def _lens(cfg: ModelConfig, params: Any, x_LxBxTxD, last_BxTxD, batch: Batch, thresholds: tuple[float, ...]) -> Lens:
+def _lens(
+    cfg: ModelConfig, params: Any, x_LxBxTxD, exits: dict, last_BxTxD, batch: Batch, thresholds: tuple[float, ...]
+) -> Lens:
+    """Args:
+    exits: what the output projection sees behind layers that have an exit.
+    last_BxTxD: and behind the last.
+    """
     weights_BxT = batch.weights
     total = jnp.maximum(weights_BxT.sum(), 1e-30)
     mean = lambda x_BxT: (x_BxT * weights_BxT).sum() / total
@@ -61,8 +68,10 @@ def _lens(cfg: ModelConfig, params: Any, x_LxBxTxD, last_BxTxD, batch: Batch, th
         top, best = jax.lax.top_k(logp, 2)
         return mean(loss_BxT), jnp.exp(top[..., 0]) - jnp.exp(top[..., 1]), best[..., 0]
 
-    normed = lambda x: said(cfg.norm(params["head"]["norm"], x))
-    loss, sure_LxBxT, best_LxBxT = jax.lax.map(normed, x_LxBxTxD)
+    seen_LxBxTxD = jax.lax.map(partial(cfg.norm, params["head"]["norm"]), x_LxBxTxD)
+    for layer, x_BxTxD in exits.items():
+        seen_LxBxTxD = seen_LxBxTxD.at[layer].set(x_BxTxD)
+    loss, sure_LxBxT, best_LxBxT = jax.lax.map(said, seen_LxBxTxD)
     end_loss, end_sure, end_best = said(last_BxTxD)
     sure = jnp.concatenate([sure_LxBxT, end_sure[None]])
     best = jnp.concatenate([best_LxBxT, end_best[None]])
@@ -91,11 +100,11 @@ def look(cfg: ModelConfig, params: Any, batch: Batch, thresholds: tuple[float, .
         mixer = AttentionResiduals(mixer.block, "direct", mixer.epsilon)
     watched = cfg.replace(residual=Watched(mixer), dropout=0.0, remat="none", layer_loop="scan")
     ctx = Context(batch.positions, batch.segments)
-    state, _ = decoder.through(watched, params, decoder.embed(watched, params, batch.tokens, ctx), ctx)
-    seen = state[1]
-    return seen._replace(reads=()), _lens(
-        cfg, params, seen.reads, decoder.final_norm(watched, params, state), batch, thresholds
-    )
+    at = cfg.exits.at
+    *states, state = decoder.segments(watched, params, decoder.embed(watched, params, batch.tokens, ctx), ctx, at)
+    exits = {n: decoder.final_norm(watched, params, x, n) for n, x in zip(at, states, strict=True)}
+    seen, last = state[1], decoder.final_norm(watched, params, state)
+    return seen._replace(reads=()), _lens(cfg, params, seen.reads, exits, last, batch, thresholds)
 
 
 def findings(cfg: ModelConfig, params: Any, batch: Batch, thresholds: tuple[float, ...] = CONFIDENCES) -> dict:
@@ -129,6 +138,7 @@ def findings(cfg: ModelConfig, params: Any, batch: Batch, thresholds: tuple[floa
     return {
         "layers": cfg.layers,
         "residual": type(cfg.residual).__name__,
+        "exits_at": list(cfg.exits.at),
         "tokens": int(np.asarray(jax.device_get(batch.weights) > 0).sum()),
         "flops_per_token": count.total,
         "depth_weights": [[_rows(branch) for branch in layer] for layer in weights] if weights.shape[-1] else None,

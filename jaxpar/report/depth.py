@@ -54,6 +54,9 @@ def picture(found: dict, title: str = "") -> bytes:
     twin = axes[2].twinx()
     twin.plot(found["lens_agrees"], "s--", ms=3, color="tab:red", label="agrees with the end")
     twin.set(ylim=(0, 1.02))
+    for ax in axes[2:4]:
+        for layer in found["exits_at"]:
+            ax.axvline(layer, color="0.8", lw=1, zorder=0)
     twin.legend(loc="upper center", fontsize=7)
     axes[2].set(title="if the model ended here", xlabel="layers")
     for row in found["exits"]:
@@ -80,13 +83,14 @@ def table(found: dict) -> str:
     lines = [f"{'layer':>5} {'loss':>8} {'agrees':>7} {'attention':>22} {'feed-forward':>22}"]
     lines.append(f"{'':>5} {'so far':>8} {'':>7} {'gave / read':>13} {'cosine':>8} {'gave / read':>13} {'cosine':>8}")
     for i, (loss, agrees) in enumerate(zip(found["lens_loss"], found["lens_agrees"], strict=True)):
-        line = f"{i:>5} {loss:8.4f} {agrees:7.3f}"
+        mark = "*" if i in found["exits_at"] else " "
+        line = f"{i:>4}{mark} {loss:8.4f} {agrees:7.3f}"
         if i:
             for b in range(2):
                 gave, read, near = (found[name][i - 1][b] for name in ("given_rms", "read_rms", "cosine"))
                 line += f" {gave:6.3g}/{read:6.3g} {near:8.3f}"
         lines.append(line)
-    lines.append("")
+    lines.append("* an exit: with its own head" if found["exits_at"] else "")
     lines.append("confidence   depth   of all FLOPs   agrees with the end   (simulated: nothing is left out here)")
     for row in found["exits"]:
         part = row["flops_per_token"] / found["flops_per_token"]

@@ -12,6 +12,7 @@ from jaxpar.inspecting import findings, look, scalars
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context
+from jaxpar.models.exits.config import Adapter, Exits
 from jaxpar.models.residual.attention_residuals import AttentionResiduals
 from jaxpar.models.residual.cross_attention import DeepCrossAttention
 from jaxpar.models.residual.deep_delta import DeepDelta
@@ -98,6 +99,35 @@ def test_exits_are_those_that_counting_gives():
         np.testing.assert_allclose(row["left"], left, atol=1e-6)
         assert row["depth"] == pytest.approx(left @ np.arange(4))
         assert row["agrees"] == pytest.approx(agrees, abs=1e-6)
+
+
+def test_behind_an_exit_the_lens_is_what_the_exit_says():
+    """With its own adapter and norm, and the state that training reads there; elsewhere the last layer's norm."""
+    cfg = CFG.replace(residual=DeepDelta(channels=2), exits=Exits((2,), Adapter(4)))
+    params, b = parameters(cfg), batch()
+    found = findings(cfg, params, b, (0.3,))
+
+    @jax.jit
+    def at_exit(params):
+        ctx = context(b)
+        state, _ = decoder.segments(cfg, params, decoder.embed(cfg, params, b.tokens, ctx), ctx, (2,))
+        return decoder.head(cfg, params, state, ctx, b.targets, b.weights, at=2), decoder.head(
+            cfg, params, state, ctx, at=2
+        )
+
+    sums, logits = at_exit(params)
+    assert found["lens_loss"][2] == pytest.approx(float(sums.loss_sum / sums.weight_sum), rel=1e-5)
+    without = findings(cfg.replace(exits=Exits()), params, b, (0.3,))
+    assert abs(without["lens_loss"][2] - found["lens_loss"][2]) > 1e-2
+    for layer in (0, 1, 3):
+        assert found["lens_loss"][layer] == pytest.approx(without["lens_loss"][layer], rel=1e-5)
+    chances = np.sort(np.asarray(jax.nn.softmax(logits)), axis=-1)
+    sure = ((chances[..., -1] - chances[..., -2] >= 0.3) * b.weights).sum() / b.weights.sum()
+    [row], [other] = found["exits"], without["exits"]
+    assert row["left"][1] == pytest.approx(other["left"][1])
+    assert 0 < row["left"][2] <= sure + 1e-6
+    assert row["left"][2] != other["left"][2]
+    assert " 2* " in depth.table(found)
 
 
 def test_depth_weights_of_fixed_averages():
