@@ -4,6 +4,7 @@ api.py          quant_matmul: which operand is in which format, forwards and bac
 products.py     one product of two operands with plain XLA: integers, 8-bit floats, or scaled values
 scaled_dot.py   the same by XLA's own scaled product, for the formats that some chips multiply themselves
 mixed.py        weights in 4 bits, activations in 4 or 8, block by block
+mixed_tpu.py    a kernel for TPUs that walks both kinds of blocks
 mosaic_tpu.py   kernels for TPUs: int8 with int8, and weights in 4 bits
 mosaic_gpu.py   kernels for Hopper GPUs: 8 bits with the same 8 bits, and weights in 4 or 8 bits
 gpu_kernels.py  what those do
