@@ -20,6 +20,9 @@ Expected:  a table, and in results/ kernels_<platform>.jsonl (a line about the m
                  multiplied: rounding them is no error of the product (but all there is of the plain product's, which
                  does not round x). The largest of several outputs.
 
+On a CPU, PyTorch's threads and XLA's are in one process and in each other's way: its figures there are no comparison
+(`train_step` has a process for each).
+
 What a machine cannot run stands in the table as not measured, with the reason. Goals (for an H200 where they are numbers) are
 printed under the table. Formats in 4 bits save bytes on Hopper, and no operations: it has no 4-bit product.
 
@@ -232,7 +235,7 @@ def plot(lines: list[dict], file: Path) -> None:
     ax.set_xlabel("share of the roofline that was measured in the same run")
     ax.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
