@@ -122,7 +122,8 @@ def build(
     sequence, note = settled(sequence, cfg, sizes, first.device_kind, on_host, rows=rows, length=length)
     used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor, quantise=quantise)
     tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
-    check_attention(cfg, mesh, rules, rows, length)
+    auto = staged and sizes["tensor"] > 1 and not tensor.by_hand(sizes)
+    check_attention(cfg, mesh, rules, rows, length, left_to_compiler=auto)
     param_shardings = shardings(tree, mesh, rules)
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
     ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))

@@ -30,7 +30,7 @@ from jaxpar.parallel.pipeline.tasks import Placement
 from jaxpar.parallel.rules import Rules
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
-from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, spread_attention
+from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, local_attention
 from jaxpar.programs.stages import Places, parts_of
 from jaxpar.programs.tensor import hand_specs
 from jaxpar.step import Batch
@@ -77,6 +77,12 @@ class PipelineProgram:
         named = self.inside[1] if self.sizes[SEQUENCE] > 1 else ()
         wanted = lambda axis, size: axis == STAGE or axis in named or (size > 1 and (hand or axis != TENSOR))
         return tuple(a for a, size in self.inside[0].shape.items() if wanted(a, size))
+
+    @cached_property
+    def manual(self) -> set[str]:
+        """Those, and where rows are whole the axes of one device, over which nothing is gathered or summed: attention's
+        kernels ask for all axes of the mesh."""
+        return set(self.by_hand) | {a for a, size in self.sizes.items() if size == self.sizes[SEQUENCE] == 1}
 
     @cached_property
     def spread(self) -> tuple[str, ...]:
@@ -161,7 +167,7 @@ class PipelineProgram:
         rows, tokens = (tuple(a for a in axes if a in self.by_hand) for axes in (self.rows, tokens))
         batch = batch_specs(rows, tokens)
         in_specs = (shared_specs, layer_specs, batch, PartitionSpec(tokens), PartitionSpec(), PartitionSpec())
-        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.by_hand))
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=self.manual)
 
     def arrange(self, batch: Batch) -> tuple[Batch, jax.Array]:
         """The batch with its tokens in stored order, and the place of each in its row."""
@@ -175,7 +181,7 @@ class PipelineProgram:
         microbatches."""
         cfg, ops = self.cfg, self.ops
         if self.sizes[SEQUENCE] > 1:
-            ops = replace(ops, attention=spread_attention(ops.attention, self.sequence, self.inside[1]))
+            ops = replace(ops, attention=local_attention(self.sequence, self.inside[1]))
 
         def context(micro: Batch) -> Context:
             return Context(

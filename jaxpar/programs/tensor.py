@@ -119,7 +119,8 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, hand: Hand) -> Loss:
 
         nowhere = PartitionSpec()
         inputs = (hand.params, batch_specs(hand.rows, ()), nowhere, nowhere, nowhere)
-        run = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=nowhere, axis_names=set(hand.axes))
+        # Manual over the axes of one device too: attention's kernels ask for all axes of the mesh.
+        run = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=nowhere)
         return run(params, batch, places, key, route)
 
     return loss

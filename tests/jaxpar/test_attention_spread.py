@@ -1,0 +1,94 @@
+"""Attention kernels on a mesh of several devices: equal to one device, and what is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpar import program
+from jaxpar.models.config import ModelConfig
+from jaxpar.pallas_kernels.dispatch import Implementation
+from jaxpar.parallel.mesh import MeshConfig, make_mesh
+from jaxpar.parallel.rules import Rules
+from jaxpar.program import build
+from jaxpar.programs.attention import Spread
+from jaxpar.step import Batch
+
+CFG = ModelConfig(vocabulary=16, layers=2, width=32, heads=4, kv_heads=1, hidden=16, context=16, window=5)
+SHARED = Rules().replicate("kv_heads")
+ROWS, LENGTH = 4, 16
+
+
+def mesh_of(text: str):
+    config = MeshConfig.parse(text)
+    return make_mesh(config, jax.devices()[: np.prod(list(config.sizes.values()))])
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Named kernels run in the interpreter, wherever a model is built."""
+    refusal = Implementation.refusal
+    monkeypatch.setattr(
+        Implementation, "refusal", lambda one, a, o, interpret=False: refusal(one, a, o, interpret=one.kernel)
+    )
+    monkeypatch.setattr(program, "Spread", partial(Spread, interpret=True))
+
+
+def gradients(name: str, mesh: str):
+    built = build(CFG.replace(attention_implementation=name), mesh_of(mesh), SHARED, rows=ROWS, length=LENGTH)
+    rng = np.random.default_rng(0)
+    tokens = lambda: rng.integers(0, 16, (ROWS, LENGTH)).astype(np.int32)
+    # Two documents and padding.
+    segments = np.broadcast_to(np.repeat(np.array([1, 2, 0], np.int32), [6, 8, 2]), (ROWS, LENGTH))
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+    weights = (segments > 0).astype(np.float32)
+    batch = Batch(tokens(), tokens(), weights, positions, segments, np.arange(ROWS, dtype=np.int32))
+    batch = jax.device_put(batch, built.batch_sharding)
+    found = jax.jit(lambda *x: built.grad_fn(*x[:2], None, x[2]))(
+        built.init(jax.random.key(0)), batch, jax.random.key(1)
+    )
+    return jax.device_get((found.loss_sum, found.grads))
+
+
+def test_the_kernel_on_eight_devices_is_xla_on_one(interpreted):
+    """Rows over data and fsdp, heads over tensor, one key/value head for two devices."""
+    (loss, grads), (kernel_loss, kernel_grads) = (
+        gradients(name, mesh) for name, mesh in (("xla", "data=1"), ("mosaic_tpu", "data=2,fsdp=2,tensor=2"))
+    )
+    np.testing.assert_allclose(kernel_loss, loss, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(kernel_grads), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=3e-6 * max(np.abs(one).max(), 1e-3))
+
+
+@pytest.mark.quick
+def test_rows_and_heads_that_do_not_divide_are_said():
+    spread = Spread(mesh_of("data=2,tensor=4"), Rules())
+    shape = lambda rows, heads: jax.ShapeDtypeStruct((rows, 16, heads, 8), jnp.float32)
+    q, k, v = spread.shares(shape(4, 8), shape(4, 2), shape(4, 2))
+    assert (q.shape, k.shape, v.shape) == ((2, 16, 2, 8), (2, 16, 1, 8), (2, 16, 1, 8))
+    for rows, heads, words in (
+        (3, 8, r"takes whole rows, and 3 do not divide over data\(2\); use a multiple of 2"),
+        (
+            4,
+            6,
+            r"takes whole heads, and 6 query heads do not divide over tensor\(4\); use 3 instead of 4 devices there",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            spread(*(jnp.zeros((rows, 16, n, 8)) for n in (heads, 2, 2)), mask=None, implementation="mosaic_tpu")
+
+
+@pytest.mark.quick
+def test_kernels_are_refused_where_the_compiler_would_split_them(interpreted):
+    cfg = CFG.replace(attention_implementation="mosaic_tpu", kv_heads=2)
+    for mesh, words in (
+        ("sequence=2", r"tokens lie on several devices \(sequence\(2\)\)"),
+        (
+            "stage=2,tensor=2",
+            r"split over tensor\(2\) inside of a pipeline; use \"xla\", or tensor.products = \"gathered\"",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build(cfg, mesh_of(mesh), rows=ROWS, length=LENGTH)
