@@ -1,4 +1,9 @@
-"""Attention Residuals: each branch reads a softmax over what the branches before it gave (Kimi Team 2026)."""
+"""Attention Residuals: each branch reads a softmax over what the branches before it gave (Kimi Team 2026).
+
+Not by the kernels of `pallas_kernels.attention`: each token has keys of its own, at most 2 · layers + 1 of them, and one query,
+so a block of logits has one row and a matrix unit nothing to do. The read moves D numbers a source and multiplies each a
+few times, so memory bounds it, and XLA fuses norm, softmax and sum without a T x S block that a kernel could save.
+"""
 
 from __future__ import annotations
 
