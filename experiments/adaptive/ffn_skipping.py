@@ -3,8 +3,9 @@
 Command:   python -m jaxpar.experiments.adaptive.ffn_skipping                       (16 layers, width 64, trained here)
            python -m jaxpar.experiments.adaptive.ffn_skipping --layers 8 --steps 150    (a few minutes)
            python -m jaxpar.experiments.adaptive.ffn_skipping --model gemma-3-270m.gguf --rows-read 8 --length 128
-Expected:  results/ffn_skipping.json (or _loaded), .md and .png. Not measured at these sizes yet. The paper: LLaMA-2 bears 25 % of
-           its feed-forward layers left out, and collapses with 10 to 15 % of whole layers.
+Expected:  results/ffn_skipping.json (or _loaded), .md and .png, 3 to 5 minutes. By cosine a quarter of the feed-forward layers
+           costs 0.02 nats; a fifth of whole layers 0.14 and more, with masked keys most. The paper: LLaMA-2 bears 25 % of its
+           feed-forward layers left out, and collapses with 10 to 15 % of whole layers.
 
     ffn, cosine     FFN-SkipLLM (Jaiswal et al. 2024): the two feed-forward layers behind one whose cosine is above a threshold;
                     thresholds are quantiles of the cosines that the whole model has here
