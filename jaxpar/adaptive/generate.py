@@ -10,6 +10,7 @@ from jaxpar import generation
 from jaxpar.adaptive.decode import exit_early
 from jaxpar.adaptive.policy import Decoding, Speculate
 from jaxpar.adaptive.speculate import speculate
+from jaxpar.adaptive.verify import verified
 from jaxpar.errors import UserError
 from jaxpar.models.config import ModelConfig
 from jaxpar.sampling import Sampler
@@ -46,21 +47,23 @@ def continued(
         options |= dict(skip=skip, steering=steering)
         found = generation.continued(cfg, params, prompts, sampler=sampler, key=key, **options)
         return Continued(found.rows, found.skipped, found.spared)
-    if skip is not None:
+    drafts = isinstance(decoding, Speculate)
+    if skip is not None and not (drafts and decoding.layer is None):
         raise UserError(
-            "--skip and --decoding both say what a token leaves out, and are not combined: leave one of them away"
+            "--skip and --decoding both say what a token leaves out, and are not combined: leave one of them away, or take "
+            "--decoding speculate without a layer, which drafts with --skip and verifies with the whole model"
         )
     if steering is not None:
         raise UserError(
             "--steer moves the stream that exits read, whose confidence is not known there: leave --steer or --decoding away"
         )
-    if isinstance(decoding, Speculate):
+    if drafts:
         if sampler.temperature > 0:
             raise UserError(
                 f"temperature = {sampler.temperature} draws tokens, and --decoding speculate verifies greedy ones; set "
                 "temperature = 0, or take --decoding exit-early"
             )
-        return drafted(cfg, params, prompts, decoding, options)
+        return drafted(cfg, params, prompts, decoding, skip, options)
     found = exit_early(cfg, params, prompts, decoding, sampler=sampler, key=key, **options)
     total = max(sum(found.exits), 1)
     shares = [f"{100 * n / total:.0f} % of the tokens left" for n in found.exits]
@@ -68,11 +71,16 @@ def continued(
     return Continued(found.rows, note=f"{', '.join(by)}; {found.depth:.2f} of {cfg.layers} layers a token")
 
 
-def drafted(cfg: ModelConfig, params: Any, prompts: Sequence, decoding: Speculate, options: dict) -> Continued:
-    layer = decoding.behind(cfg)
-    found = speculate(cfg, params, prompts, layer=layer, draft=decoding.draft, **options)
+def drafted(cfg: ModelConfig, params: Any, prompts: Sequence, decoding: Speculate, skip, options: dict) -> Continued:
+    if skip is None:
+        layer = decoding.behind(cfg)
+        found = speculate(cfg, params, prompts, layer=layer, draft=decoding.draft, **options)
+        how = f"behind layer {layer} of {cfg.layers}"
+    else:
+        found = verified(cfg, params, prompts, skip, draft=decoding.draft, **options)
+        how = "with parts left out"
     note = (
-        f"drafts of {decoding.draft} tokens behind layer {layer} of {cfg.layers}: {100 * found.acceptance:.1f} % accepted, "
+        f"drafts of {decoding.draft} tokens {how}: {100 * found.acceptance:.1f} % accepted, "
         f"{found.tokens_per_round:.2f} tokens for each call of the whole model"
     )
     return Continued(found.rows, note=note)

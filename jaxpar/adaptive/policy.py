@@ -76,10 +76,11 @@ class ExitEarly:
 
 @dataclass(frozen=True)
 class Speculate:
-    """An exit drafts and the whole model verifies: the tokens of plain greedy decoding.
+    """An exit drafts, or with --skip the model with parts left out, and the whole model verifies: the tokens of plain greedy
+    decoding.
 
     Attributes:
-      layer: behind which drafts are made. None: the model's first exit.
+      layer: behind which drafts are made. None: the model's first exit, or by what --skip leaves.
       draft: drafts in a round.
     """
 

@@ -141,25 +141,42 @@ def _run(stack: Stack, K: int, capacity: int, room: int, params, tokens_BxP, cou
         tokens_BxN, states, shallow_cache = drafted(token_B, caches[0])
         state, deep_cache = stack.run(deep, 1, states, caches[1], jnp.zeros(B, jnp.int32))
         chosen_BxN = jnp.argmax(stack.logits(params, stack.normed(params, state, 1)), axis=-1).astype(jnp.int32)
-        right_BxK = tokens_BxN[:, 1:] == chosen_BxN[:, :-1]
-        accepted = jnp.cumprod(right_BxK.astype(jnp.int32), axis=1).sum(axis=1)
-        next_B = jnp.take_along_axis(chosen_BxN, accepted[:, None], axis=1)[:, 0]
-        # A stop among the accepted drafts ends the row in front of it, as it does when it is chosen next.
-        ends_BxN = stops(tokens_BxN, stop_ids) & (steps[None] <= accepted[:, None])
-        given = jnp.where(ends_BxN.any(1), jnp.argmax(ends_BxN, axis=1), accepted + 1)
-        given = jnp.where(alive_B, jnp.minimum(given, limit - lengths_B), 0)
-        place_BxN = jnp.where(steps[None] < given[:, None], lengths_B[:, None] + steps[None], room)
-        out = out.at[jnp.arange(B)[:, None], place_BxN].set(tokens_BxN, mode="drop")
-        lengths_B = lengths_B + given
+        found = taken(tokens_BxN, chosen_BxN, alive_B, out, lengths_B, limit, stop_ids)
+        next_B, going_B, out, lengths_B, accepted = found
         # Behind this length lie drafts that were not accepted: the next round writes over them.
         lens_B = caches[0].lens + jnp.where(alive_B, accepted + 1, 0)
         caches = [cache.replace(lens=lens_B) for cache in (shallow_cache, deep_cache)]
         rounds_B = rounds_B + alive_B
         accepted_B = accepted_B + jnp.where(alive_B, accepted, 0)
-        alive_B = alive_B & ~ends_BxN.any(1) & ~stops(next_B, stop_ids) & (lengths_B < limit)
-        return next_B, alive_B, caches, out, lengths_B, rounds_B, accepted_B
+        return next_B, going_B, caches, out, lengths_B, rounds_B, accepted_B
 
     zeros_B = jnp.zeros(B, jnp.int32)
     start = (first_B, ~stops(first_B, stop_ids), caches, jnp.zeros((B, room), jnp.int32), zeros_B, zeros_B, zeros_B)
     *_, out, lengths_B, rounds_B, accepted_B = jax.lax.while_loop(going, body, start)
     return out, lengths_B, rounds_B, accepted_B
+
+
+def taken(tokens_BxN, chosen_BxN, alive_B, out, lengths_B, limit, stop_ids):
+    """What a round gives: the longest run of drafts that the whole model would have chosen.
+
+    Args:
+      tokens_BxN: t, d_1 ... d_K of each row.
+      chosen_BxN: the whole model's choice behind each.
+      out: [B, room], what rows have so far, `lengths_B` of it.
+
+    Returns:
+      next_B, alive_B, out, lengths_B, and how many drafts were right [B].
+    """
+    steps, room = jnp.arange(tokens_BxN.shape[1], dtype=jnp.int32), out.shape[1]
+    right_BxK = tokens_BxN[:, 1:] == chosen_BxN[:, :-1]
+    right_B = jnp.cumprod(right_BxK.astype(jnp.int32), axis=1).sum(axis=1)
+    next_B = jnp.take_along_axis(chosen_BxN, right_B[:, None], axis=1)[:, 0]
+    # A stop among the accepted drafts ends the row in front of it, as it does when it is chosen next.
+    ends_BxN = stops(tokens_BxN, stop_ids) & (steps[None] <= right_B[:, None])
+    given = jnp.where(ends_BxN.any(1), jnp.argmax(ends_BxN, axis=1), right_B + 1)
+    given = jnp.where(alive_B, jnp.minimum(given, limit - lengths_B), 0)
+    place_BxN = jnp.where(steps[None] < given[:, None], lengths_B[:, None] + steps[None], room)
+    out = out.at[jnp.arange(out.shape[0])[:, None], place_BxN].set(tokens_BxN, mode="drop")
+    lengths_B = lengths_B + given
+    alive_B = alive_B & ~ends_BxN.any(1) & ~stops(next_B, stop_ids) & (lengths_B < limit)
+    return next_B, alive_B, out, lengths_B, right_B

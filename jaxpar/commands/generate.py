@@ -24,8 +24,8 @@ class GenerateConfig:
       tokens: the most tokens to add to each.
       sampler: how tokens are chosen; `--temperature 0` (greedy) is the default.
       skip: parts of layers that tokens leave out. None: none.
-      decoding: how exits are used: tokens leave early (exit-early), or an exit drafts what the whole model verifies
-        (speculate: the tokens of plain greedy decoding). None: every token runs through all layers.
+      decoding: how exits are used: tokens leave early (exit-early), or an exit, or the model that `skip` leaves, drafts what the
+        whole model verifies (speculate: the tokens of plain greedy decoding). None: every token runs through all layers.
       steer: a file of `jaxpar steer`, whose vector is added to the stream at each prompt's last token and at every new one.
         None: nothing is added.
       steer_strength: times the vector. None: as the file says; negative leads away from what was wanted.
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int | None:
         print(f"steered behind layer {vector.layer} of {cfg.layers}, {by:.4g} times the vector", file=sys.stderr)
     if found.note:
         print(found.note, file=sys.stderr)
-    if config.skip is not None:
+    if config.skip is not None and config.decoding is None:
         what = "feed-forward parts" if config.skip.site == "feedforward" else "layers"
         print(
             f"left out {100 * found.skipped:.1f} % of the new tokens' {what}; {100 * found.spared:.1f} % did not run at all",
