@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from jaxpar.adaptive.decode import exit_early
 from jaxpar.adaptive.policy import ExitEarly
@@ -41,6 +40,7 @@ def noisy(cfg):
 @pytest.mark.quick
 def test_convolutions_over_tokens_are_those_of_torch():
     """TC: a depthwise convolution of each feature of each channel, then the weighted sum. EC: likewise, of embeddings."""
+    torch = pytest.importorskip("torch", reason="the newest leg has no PyTorch")
     draw, (V, D, S) = np.random.default_rng(0), (3, 8, 7)
     normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
     x_BxSxVxD, mix_KxVxD, read_V = normal(2, S, V, D), normal(4, V, D), normal(V)
