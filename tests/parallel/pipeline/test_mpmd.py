@@ -51,7 +51,8 @@ def test_every_schedule_gives_what_the_plain_model_and_the_one_program_give(name
     programs = Programs(order, PARTS, line(devices, stages), keep=keep)
     found = programs.gradients(shared, staged(layers), range(order.placement.stages), micros)
     mine = found.loss, found.d_shared, stacked(found.d_layers)
-    loss, grads = jax.jit(jax.value_and_grad(partial(plain, order), argnums=(0, 1)))(shared, layers, micros)
+    model = jax.value_and_grad(partial(plain, PARTS, order), argnums=(0, 1), has_aux=True)
+    (_, loss), grads = jax.jit(model)(shared, layers, micros)
     close(mine, (loss, *grads))
     if keep == "residuals":
         close(mine, piped(compile_table(order, "mixed", keep), "auto")(shared, layers, micros))
@@ -98,7 +99,7 @@ def test_a_sub_mesh_shares_rows_and_weights(devices):
     order = make("zb-h1", 2, 3)
     args = shared, layers, micros = inputs(2, 3)
     found = Programs(order, PARTS, mesh, specs=specs).gradients(shared, staged(layers), range(2), micros)
-    loss, grads = jax.jit(jax.value_and_grad(partial(plain, order), argnums=(0, 1)))(*args)
+    (_, loss), grads = jax.jit(jax.value_and_grad(partial(plain, PARTS, order), argnums=(0, 1), has_aux=True))(*args)
     close((found.loss, found.d_shared, stacked(found.d_layers)), (loss, *grads))
     for stage, tree in enumerate(found.d_layers):
         assert tree["w"].sharding.spec == P(None, "tensor")
