@@ -69,7 +69,7 @@ def test_recovery_and_depth_mixers(tmp_path, capsys):
     assert all((row["relative_error"] == 0) == (name in exact) for name, row in result["recoveries"].items())
     small = ["--layers", "2", "--width", "16", "--length", "16", "--rows", "2", "--rounds", "2", "--only", "deep delta"]
     result = depth_mixers.main([*small, "--out", str(tmp_path)])
-    assert set(result[2]) == {"plain", "again", "deep delta"}
+    assert set(result[2]) == {"plain", "again", "deep delta", "deep delta, 4 channels over tokens"}
     assert result[2]["deep delta"]["bytes_ratio"] > 1 == result[2]["plain"]["ratio"]
     assert (tmp_path / "depth_mixers_cpu.png").stat().st_size > 1000
     assert "deep delta" in capsys.readouterr().out
