@@ -21,6 +21,7 @@ estimate; it is the smaller one.
 
 from __future__ import annotations
 
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -80,13 +81,22 @@ class Vector:
 
     @classmethod
     def load(cls, file: str | Path) -> Vector:
-        """Raises ValueError where the file is no steering vector."""
+        """Raises ValueError where there is no such file, or it is no whole steering vector of finite numbers."""
+        made = "make one with jaxpar steer"
         try:
-            with np.load(file) as found:
+            with open(file, "rb") as f, np.load(f) as found:
                 numbers = (int(found[name]) for name in ("layer", "layers", "mark"))
-                return cls(found["values"], *numbers, float(found["strength"]))
-        except (KeyError, OSError, ValueError) as error:
-            raise ValueError(f"{file} holds no steering vector: {error}") from None
+                vector = cls(found["values"], *numbers, float(found["strength"]))
+        except FileNotFoundError:
+            raise ValueError(f"there is no steering vector {file}; {made}") from None
+        # A torn archive ends in any of these, by where it was cut.
+        except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{file} holds no whole steering vector ({type(error).__name__}); {made}") from None
+        if bad := int(np.sum(~np.isfinite(vector.values))):
+            raise ValueError(
+                f"{file}: {bad} of the steering vector's {len(vector.values)} numbers are not finite; {made}"
+            )
+        return vector
 
     def check(self, cfg, params: Tree) -> None:
         """Raises ValueError where the vector is another model's, or the model has no one stream to add it to."""

@@ -40,8 +40,8 @@ def continued(
     """`jaxpar.generation.continued`, or through exits.
 
     Raises:
-      UserError: parts that are skipped, or a stream that is steered, where exits decide; drafts where tokens are drawn; and what `exit_early` and
-        `speculate` refuse.
+      UserError: parts that are skipped, or a stream that is steered, where exits decide; drafts where tokens are drawn; and
+        what `exit_early`, `speculate` and `verified` refuse.
     """
     if decoding is None:
         options |= dict(skip=skip, steering=steering)

@@ -50,8 +50,12 @@ def pairs_of(file: Path) -> list[tuple[str, str]]:
     """(wanted, other) of each line.
 
     Raises:
-      UserError: a line that is no pair, or fewer than two: a sign cannot be tested on one.
+      UserError: no such file; a line that is no pair, or fewer than two: a sign cannot be tested on one.
     """
+    if not file.is_file():
+        raise UserError(
+            f'there is no file {file}; --pairs wants one with {{"wanted": text, "other": text}} in each line'
+        )
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():

@@ -13,8 +13,8 @@ from jaxpar.models.residual.short_window import projected, projections, short_wi
 class DepthWindow(Cumulative):
     """`X_l + softmax(q K ᵀ / √D) V` over the last `window` states X_l, X_l-1, ... of a token is the stream that layer l starts
     from, q = X_l W_q, K = X W_k, V = X W_v (arXiv 2603.16039, section 2.5: ShortSWA along depth, see `short_window`, and its
-    twin along the sequence, `ShortWindow`). The paper is a note without experiments: that the read is added to the stream, and not taken in its place, follows its form
-    for sequences (algorithm 1), and the norm before the projections too.
+    twin along the sequence, `ShortWindow`). The paper is a note without experiments: that the read is added to the stream,
+    and not taken in its place, follows its form for sequences (algorithm 1), and the norm before the projections too.
 
     Never the plain stream, at no initialisation.
 

@@ -54,8 +54,8 @@ def decode_attention(
       sinks_H: as of `attention`.
       lse_out: also return the log-sum-exp of each query's logits.
       implementation: "xla" (dequantises and reads a layer's whole cache), "mosaic_tpu" (flash-decoding on TPUs: reads and
-        dequantises only the blocks that a row's queries see; compiled for TPUs, not yet timed on one), or None: for each platform that the call may be lowered for, its own
-        where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which and why.
+        dequantises only the blocks that a row's queries see; compiled for TPUs, not yet timed on one), or None: for each
+        platform that the call may be lowered for, its own where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which and why.
       interpret: as of `attention`.
 
     Returns:

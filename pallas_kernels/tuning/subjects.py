@@ -61,8 +61,7 @@ def attention(
     mask, scale, start = MaskSpec(window=window), head_size**-0.5, keys - queries
     dtype = jnp.dtype(dtype)
     q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in (q_shape, k_shape))
-    if key_heads < 1 or heads % key_heads:
-        raise ValueError(f"attention: {heads} query heads are no multiple of {key_heads} key/value heads")
+    _check_heads("attention", heads, key_heads)
     if reason := module.misfit(q, k, k, mask=mask, scale=scale):
         raise ValueError(f"attention on {PLATFORMS[implementation]} {reason}")
     sizes = dict(head_size=head_size, queries=queries, keys=keys)
@@ -192,8 +191,7 @@ def decode_attention(
     """
     if implementation != "mosaic_tpu":
         raise ValueError(f"decode_attention has a kernel for TPUs, and none for {PLATFORMS[implementation]}")
-    if key_heads < 1 or heads % key_heads:
-        raise ValueError(f"decode_attention: {heads} query heads are no multiple of {key_heads} key/value heads")
+    _check_heads("decode_attention", heads, key_heads)
     fmt, dtype, scale = None if cache is None else get(cache), jnp.dtype(dtype), head_size**-0.5
     if fmt is not None and (reason := fmt.misfit(head_size)):
         raise ValueError(f"a cache of heads of {head_size}: {reason}")
@@ -214,6 +212,11 @@ def decode_attention(
     run = lambda tiles: lambda *arrays: decode_tpu.decode_mosaic_tpu(*arrays, tiles=tiles, **call)
     parts = (Part("forward", _product(keys=TPU_HELD, splits=TPU_SPLITS), run, make),)
     return Subject("decode_attention", implementation, decode_tpu.kept_name(arrays[1]), sizes, table, parts)
+
+
+def _check_heads(op: str, heads: int, key_heads: int) -> None:
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"{op}: {heads} query heads are no multiple of {key_heads} key/value heads")
 
 
 def _normal(key, i: int, shape, dtype):

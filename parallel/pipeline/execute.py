@@ -123,8 +123,8 @@ def gradients(
       axes: further manual axes, over which rows, tokens or gathered parameters may differ.
 
     Returns:
-      loss (of `parts.last`'s shape), d_shared, d_layers: partial sums. Sum loss and d_shared over `axis`, and all three over those of `axes` that
-      the batch is spread over: once, here at the end, not in every tick.
+      loss (of `parts.last`'s shape), d_shared, d_layers: partial sums. Sum loss and d_shared over `axis`, and all three over
+      those of `axes` that the batch is spread over: once, here at the end, not in every tick.
 
     Raises:
       ValueError: a table for another number of devices or microbatches, or an executor that cannot run it.

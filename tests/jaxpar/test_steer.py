@@ -71,7 +71,8 @@ def test_a_vector_is_made_and_generation_is_steered_by_it(world):
     for more, words in (
         (" --decoding speculate --decoding.layer 1", "leave --steer or --decoding away"),
         (" --steer-strength nan", "a steering strength of nan"),
-        (" --steer {w}/pairs.jsonl", "holds no steering vector"),
+        (" --steer {w}/pairs.jsonl", "holds no whole steering vector"),
+        (" --steer {w}/gone.npz", "there is no steering vector"),
     ):
         code, _, said = run(GENERATE + more)
         assert (code, words in said) == (2, True), said

@@ -1,5 +1,6 @@
 """Steering vectors: what is added where, the sign, the strength against measured divergences, and whose vector it is."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -138,9 +139,19 @@ def test_a_file_keeps_it(tmp_path):
     again = Vector.load(tmp_path / "v.npz")
     np.testing.assert_array_equal(again.values, VECTOR.values)
     assert (again.layer, again.layers, again.mark) == (VECTOR.layer, VECTOR.layers, mark(PARAMS))
-    (tmp_path / "bad.npz").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"bad.npz holds no steering vector"):
-        Vector.load(tmp_path / "bad.npz")
+    whole, bad = (tmp_path / "v.npz").read_bytes(), tmp_path / "bad.npz"
+    with pytest.raises(ValueError, match=r"there is no steering vector .*bad.npz"):
+        Vector.load(bad)
+    cuts = (0, 1, 3, 50, len(whole) // 2, len(whole) - 1)
+    for content in (b"nothing", b"[1, 2]", *(whole[:cut] for cut in cuts)):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad.npz holds no whole steering vector"):
+            Vector.load(bad)
+    replace(VECTOR, values=VECTOR.values * np.nan).save(bad)
+    with pytest.raises(
+        ValueError, match=rf"{len(VECTOR.values)} of the steering vector's {len(VECTOR.values)} numbers"
+    ):
+        Vector.load(bad)
 
 
 OTHERS = {**PARAMS, "embedding": {"tokens": 2 * PARAMS["embedding"]["tokens"]}}
