@@ -146,13 +146,18 @@ def compiled(function, *shapes) -> Compiled:
 def _read(ptx: Path) -> Kernel:
     said = ptx.with_suffix(".ptxas").read_text()
     number = lambda pattern, text: int(re.search(pattern, text).group(1))
-    # How much shared memory is asked for stands in the launch, and that in no output but this.
+    # How much shared memory is asked for stands in the launch, and that in no output but this: by name, of a constant above it.
+    constants = {}
     with ptx.with_suffix(".mlir-passes.log").open() as passes:
-        launch = next(line for line in passes if "dynamic_shared_memory_size" in line)
+        for line in passes:
+            if constant := re.match(r"\s*(%\w+) = arith\.constant (\d+) : i32", line):
+                constants[constant[1]] = int(constant[2])
+            elif launch := re.search(r"dynamic_shared_memory_size (%\w+)", line):
+                break
     return Kernel(
         name=ptx.stem,
         ptx=ptx.read_text(),
         registers=number(r"Used (\d+) registers", said),
         spills=number(r"(\d+) bytes spill stores", said),
-        shared=number(r"dynamic_shared_memory_size %c(\d+)_i32", launch),
+        shared=constants[launch[1]],
     )
