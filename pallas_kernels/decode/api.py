@@ -5,14 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxpar.pallas_kernels.attention.sinks import check_sinks, with_sinks
-from jaxpar.pallas_kernels.decode import mosaic_tpu
+from jaxpar.pallas_kernels.decode import mosaic_gpu, mosaic_tpu
 from jaxpar.pallas_kernels.decode.xla import decode_xla
 from jaxpar.pallas_kernels.dispatch import Implementation, Op
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 
 MOSAIC_TPU = Implementation("mosaic_tpu", mosaic_tpu.decode_mosaic_tpu, mosaic_tpu.misfit, platform="tpu", kernel=True)
+MOSAIC_GPU = Implementation("mosaic_gpu", mosaic_gpu.decode_mosaic_gpu, mosaic_gpu.misfit, platform="cuda", kernel=True)
 XLA = Implementation("xla", decode_xla)
-DECODE_ATTENTION = Op("decode_attention", (MOSAIC_TPU, XLA))
+DECODE_ATTENTION = Op("decode_attention", (MOSAIC_TPU, MOSAIC_GPU, XLA))
 """The implementations of `decode_attention`, best first."""
 MOST_QUERIES = mosaic_tpu.MOST_QUERIES
 """Queries a row, up to which kernels are there."""
@@ -54,8 +55,10 @@ def decode_attention(
       sinks_H: as of `attention`.
       lse_out: also return the log-sum-exp of each query's logits.
       implementation: "xla" (dequantises and reads a layer's whole cache), "mosaic_tpu" (flash-decoding on TPUs: reads and
-        dequantises only the blocks that a row's queries see; compiled for TPUs, not yet timed on one), or None: for each
-        platform that the call may be lowered for, its own where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which and why.
+        dequantises only the blocks that a row's queries see; compiled for TPUs, not yet timed on one), "mosaic_gpu" (the
+        same for Hopper GPUs, of caches in bfloat16 and float16), or None: for each platform that the call may be lowered
+        for, its own where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which
+        and why.
       interpret: as of `attention`.
 
     Returns:

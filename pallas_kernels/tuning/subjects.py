@@ -11,6 +11,7 @@ from jaxpar.pallas_kernels.attention import MaskSpec
 from jaxpar.pallas_kernels.attention import mosaic_gpu as attention_gpu
 from jaxpar.pallas_kernels.attention import mosaic_tpu as attention_tpu
 from jaxpar.pallas_kernels.attention.differentiable import attend
+from jaxpar.pallas_kernels.decode import mosaic_gpu as decode_gpu
 from jaxpar.pallas_kernels.decode import mosaic_tpu as decode_tpu
 from jaxpar.pallas_kernels.formats.format import get
 from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
@@ -28,7 +29,7 @@ GPU_STEPS, GPU_STAGES = (64, 128), (1, 2, 3, 4)
 TPU_ROWS, TPU_COLUMNS, TPU_SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024), (256, 512, 1024, 2048)
 """Rows of x, columns of w and what is summed, in a block."""
 GPU_BLOCKS = (1, 132, 264)
-"""Into how many K is cut: an H200 has 132 processors."""
+"""Into how many K, or a cache, is cut: an H200 has 132 processors."""
 TPU_HELD, TPU_SPLITS = (256, 512, 1024, 2048, 4096, 8192), (1, 2)
 """Tokens times heads in a block of a cache, and into how many parts a row is divided."""
 
@@ -183,14 +184,13 @@ def decode_attention(
 
     Args:
       kind: of the device, as JAX names it.
-      implementation: "mosaic_tpu".
+      implementation: "mosaic_tpu" or "mosaic_gpu".
       cache: a format; None: in `dtype`.
 
     Raises:
-      ValueError: an unknown format, or a shape or a platform that there is no kernel for.
+      ValueError: an unknown format, or a shape that the kernel does not do.
     """
-    if implementation != "mosaic_tpu":
-        raise ValueError(f"decode_attention has a kernel for TPUs, and none for {PLATFORMS[implementation]}")
+    module = decode_gpu if implementation == "mosaic_gpu" else decode_tpu
     _check_heads("decode_attention", heads, key_heads)
     fmt, dtype, scale = None if cache is None else get(cache), jnp.dtype(dtype), head_size**-0.5
     if fmt is not None and (reason := fmt.misfit(head_size)):
@@ -204,13 +204,19 @@ def decode_attention(
         return _normal(key, 0, (batch, queries, heads, head_size), dtype), k, v, jnp.full((batch,), slots, jnp.int32)
 
     arrays = jax.eval_shape(make, jax.random.key(0))
-    if reason := decode_tpu.misfit(*arrays, scale=scale):
-        raise ValueError(f"decode_attention on TPUs {reason}")
-    sizes = dict(rows=decode_tpu.rows_of(queries, heads), head_size=head_size, slots=slots)
-    table = look_up(decode_tpu.TABLE, kind, **sizes)
+    if reason := module.misfit(*arrays, scale=scale):
+        raise ValueError(f"decode_attention on {PLATFORMS[implementation]} {reason}")
     call = dict(scale=scale, interpret=interpret)
-    run = lambda tiles: lambda *arrays: decode_tpu.decode_mosaic_tpu(*arrays, tiles=tiles, **call)
-    parts = (Part("forward", _product(keys=TPU_HELD, splits=TPU_SPLITS), run, make),)
+    if module is decode_tpu:
+        rows, function = decode_tpu.rows_of(queries, heads), decode_tpu.decode_mosaic_tpu
+        candidates = _product(keys=TPU_HELD, splits=TPU_SPLITS)
+    else:
+        rows, function = decode_gpu.rows_of(queries, heads // key_heads), decode_gpu.decode_mosaic_gpu
+        candidates = _product(tokens=GPU_STEPS, stages=GPU_STAGES, blocks=GPU_BLOCKS[1:])
+    sizes = dict(rows=rows, head_size=head_size, slots=slots)
+    table = look_up(module.TABLE, kind, **sizes)
+    run = lambda tiles: lambda *arrays: function(*arrays, tiles=tiles, **call)
+    parts = (Part("forward", candidates, run, make),)
     return Subject("decode_attention", implementation, decode_tpu.kept_name(arrays[1]), sizes, table, parts)
 
 

@@ -134,14 +134,15 @@ def tuned(tmp_path, monkeypatch):
 @pytest.mark.quick
 def test_kernels_for_gpus_are_tuned_by_their_own_fields():
     """Every candidate names fields of the tiles, and each field is some part's."""
-    for op in (Attention(), QuantMatmul(), QuantMatmul(weights="int8_row", activations="int8_row")):
+    products = QuantMatmul(), QuantMatmul(weights="int8_row", activations="int8_row")
+    for op in (Attention(), *products, DecodeAttention()):
         for implementation, kind in (("mosaic_gpu", "NVIDIA H200"), ("mosaic_tpu", V5E)):
             subject = op.subject(kind, implementation)
             named = [set(sizes) for part in subject.parts for sizes in part.candidates]
             assert set().union(*named) == set(vars(subject.table))
             assert all(len(part.candidates) > 1 for part in subject.parts)
-    with pytest.raises(ValueError, match="none for Hopper GPUs"):
-        DecodeAttention().subject("NVIDIA H200", "mosaic_gpu")
+    with pytest.raises(ValueError, match=r"decode_attention on Hopper GPUs takes .*, got 80"):
+        DecodeAttention(head_size=80).subject("NVIDIA H200", "mosaic_gpu")
 
 
 def test_from_end_to_end(tuned):

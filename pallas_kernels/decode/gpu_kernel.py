@@ -1,0 +1,254 @@
+"""The body of the Hopper decoding kernel: what the warpgroups of a block do.
+
+A block has one key/value head of one row and one split of the row's steps. One warpgroup feeds: it copies the keys and
+values of each step into shared memory as places get free. Two compute, every other step each, with a softmax of their own as
+it comes; their sums are merged with the other splits' (`merging`). A step's keys and values are used once, so that bytes
+bound this: the few queries that share a head are padded to the matrix unit's 64 rows, which costs no bytes, and the unit's
+time for them is below that of the copies. What the rows behind the queries hold is not defined, and no matter: a row of a
+product is one of the queries alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpar.pallas_kernels import gpu
+
+COMPUTE = 2
+"""Warpgroups that compute; the next one feeds them."""
+ROWS = gpu.ROWS
+CHUNK = 64
+"""Channels of the result that leave together."""
+REGISTERS, FEEDER_REGISTERS = 240, 24
+"""Of a thread that computes, and of one that feeds: 64512 in a block, and a multiprocessor has 65536."""
+LOG2 = math.log(2)
+ALONG = plgpu.Layout.WGMMA.reduce(1)
+"""How numbers of rows lie over the threads that hold a product."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the kernel knows before it is traced.
+
+    Attributes:
+      queries: of a row, T.
+      shared: query heads that share a key/value head.
+      rows: of the queries that share a head, T · shared in whole eights.
+      slots: how many a row can have.
+      tokens: of a step.
+      piece: tokens that a copy takes: a step's, or a page's.
+      page: slots of a page; None: the cache is dense.
+      splits: parts that a row's steps are divided into, one after another.
+      stages: steps that the feeder may be ahead of each warpgroup that computes.
+      size: head size.
+      dtype: of queries, keys and values.
+    """
+
+    scale: float
+    cap: float | None
+    windowed: bool
+    queries: int
+    shared: int
+    rows: int
+    slots: int
+    tokens: int
+    piece: int
+    page: int | None
+    splits: int
+    stages: int
+    size: int
+    dtype: Any
+    interpret: bool = False
+
+    @property
+    def places(self) -> int:
+        """Steps that shared memory holds. Each belongs to one of the warpgroups that compute, or a warpgroup would miss turns
+        of the barriers that it waits for."""
+        return COMPUTE * self.stages
+
+    def logits(self, a, b):
+        """`a bᵀ` scaled and capped, in units of log 2."""
+        logits = gpu.mma((ROWS, self.tokens), a, b, transposed=True, interpret=self.interpret)
+        if self.cap is None:
+            return logits * (self.scale / LOG2)
+        # tanh x = 1 - 2 / (e^2x + 1), of which an exponential is the chip's own.
+        bent = 1 - 2 / (jnp.exp2(logits * (2 * self.scale / self.cap / LOG2)) + 1)
+        return bent * (self.cap / LOG2)
+
+
+def scratch(settings: Settings) -> dict:
+    """Shared memory and barriers by name."""
+    tile = plgpu.SMEM((settings.places, settings.tokens, settings.size), settings.dtype)
+    copies = settings.tokens // settings.piece
+    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=settings.places)
+    used = plgpu.Barrier(num_arrivals=1, num_barriers=settings.places)
+    return {
+        "q_tile": plgpu.SMEM((ROWS, settings.size), settings.dtype),
+        "k_tile": tile,
+        "v_tile": tile,
+        "out_tile": plgpu.SMEM((COMPUTE, ROWS, CHUNK), jnp.float32),
+        "lse_rows": plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(),
+        "k_ready": ready,
+        "v_ready": ready,
+        "k_used": used,
+        "v_used": used,
+    }
+
+
+def place(settings: Settings, names, refs) -> SimpleNamespace:
+    """References by name; where this warpgroup is; which steps its block has."""
+    x = SimpleNamespace(**dict(zip(names, refs, strict=True)))
+    x.batch, x.group, x.split, x.warpgroup = (lax.axis_index(n) for n in ("batch", "group", "split", "warpgroup"))
+    first, count, x.length, x.low, x.base = (x.rows[x.batch, n] for n in range(5))
+    share = lax.div(count + (settings.splits - 1), settings.splits)
+    x.first = first + x.split * share
+    x.steps = lax.max(lax.min(count - x.split * share, share), 0)
+    x.held = lax.min(x.length, settings.slots)
+    return x
+
+
+def start_of(settings: Settings, at):
+    """The first token that a step copies, of one whose own first is `at`: no copy goes beyond a dense cache, whose last step
+    begins earlier where the slots are no whole steps."""
+    if settings.page is not None or settings.slots % settings.tokens == 0:
+        return at
+    return lax.min(at, settings.slots - settings.tokens)
+
+
+def masked(settings: Settings, x, logits, at, start):
+    """Logits with -inf where nothing is seen; untouched where all of a step is seen by all queries."""
+    older = settings.queries - 1
+
+    def hide(logits):
+        column = start + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        # Behind the last token that a query sees: its own index and one.
+        behind = x.length - older
+        if older:
+            behind = behind + lax.div(lax.broadcasted_iota(jnp.int32, logits.shape, 0), settings.shared)
+        seen = (column < behind) & (column < settings.slots) & (column >= at)
+        if settings.windowed:
+            low = x.low - older
+            if older:
+                low = low + (behind - (x.length - older))
+            seen = seen & (column >= low)
+        return jnp.where(seen, logits, -jnp.inf)
+
+    clear = (start >= at) & (start + settings.tokens <= lax.min(x.length - older, settings.slots))
+    if settings.windowed:
+        clear = clear & (start >= x.low)
+    return lax.cond(clear, lambda logits: logits, hide, logits)
+
+
+def clean(settings: Settings, x, tile, start) -> None:
+    """Zeros for values in slots that the row does not hold: their weight is 0, and 0 times what nobody has written may be
+    NaN."""
+
+    @pl.when(start + settings.tokens > x.held)
+    def _():
+        for channel in range(0, settings.size, CHUNK):
+            part = tile.at[:, pl.ds(channel, CHUNK)]
+            values = gpu.load(part, plgpu.Layout.WGMMA)
+            token = start + lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            part[...] = jnp.where(token < x.held, values, jnp.zeros_like(values))
+        # Written as neither the matrix unit nor a copy writes: both come after it by a fence only.
+        plgpu.commit_smem()
+
+
+def decode(settings: Settings, names, *refs) -> None:
+    """out and lse of one head's queries over each half of a split: softmax as it comes, rescaled where the largest logit
+    grows."""
+    x = place(settings, names, refs)
+    wide = lambda numbers, size: lax.broadcast_in_dim(numbers, (ROWS, size), [0])
+
+    def step(n, carry):
+        sums, top, total = carry
+        n = n * COMPUTE + x.warpgroup
+        slot = lax.rem(n, settings.places)
+        at = (x.first + n) * settings.tokens
+        start = start_of(settings, at)
+        plgpu.barrier_wait(x.k_ready.at[slot])
+        logits = settings.logits(x.q_tile, x.k_tile.at[slot])
+        plgpu.barrier_arrive(x.k_used.at[slot])
+        logits = masked(settings, x, logits, at, start)
+        before, top = top, jnp.maximum(top, jnp.max(logits, axis=1))
+        # A row that has seen nothing yet has top = -inf; -inf - -inf would be NaN.
+        level = jnp.where(top == -jnp.inf, 0.0, top)
+        weights = jnp.exp2(logits - wide(level, settings.tokens))
+        shrink = jnp.exp2(before - level)
+        total = total * shrink + jnp.sum(weights, axis=1)
+        sums = sums * wide(shrink, settings.size)
+        plgpu.barrier_wait(x.v_ready.at[slot])
+        clean(settings, x, x.v_tile.at[slot], start)
+        sums = gpu.mma(sums, weights.astype(settings.dtype), x.v_tile.at[slot], interpret=settings.interpret)
+        plgpu.barrier_arrive(x.v_used.at[slot])
+        return sums, top, total
+
+    def compute():
+        plgpu.barrier_wait(x.q_ready)
+        begin = gpu.zeros((ROWS, settings.size)), gpu.zeros((ROWS,), ALONG) - jnp.inf, gpu.zeros((ROWS,), ALONG)
+        mine = lax.div(x.steps - x.warpgroup + (COMPUTE - 1), COMPUTE)
+        sums, top, total = lax.fori_loop(0, mine, step, begin)
+        empty = total == 0.0
+        share = jnp.where(empty, 1.0, total)
+        part = x.split * COMPUTE + x.warpgroup
+        lse = x.lse_rows.at[x.warpgroup]
+        lse[...] = jnp.where(empty, -jnp.inf, jnp.log(share) + top * LOG2)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(lse.at[pl.ds(0, settings.rows)], x.lse.at[x.batch, x.group, part])
+        out = sums / wide(share, settings.size)
+        tile = x.out_tile.at[x.warpgroup]
+        for channel in range(0, settings.size, CHUNK):
+            if channel:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            tile[...] = out[:, channel : channel + CHUNK]
+            plgpu.commit_smem()
+            to = x.out.at[x.batch, x.group, part, :, pl.ds(channel, CHUNK)]
+            plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, settings.rows)], to)
+        plgpu.wait_smem_to_gmem(0)
+
+    def copies(at, source, tile, ready):
+        for first in range(0, settings.tokens, settings.piece):
+            to = tile if settings.piece == settings.tokens else tile.at[pl.ds(first, settings.piece)]
+            if settings.page is None:
+                row, token = x.base, at
+            else:
+                # Behind the last page that a row holds it comes again: each step has as many copies.
+                token = lax.min(at + first, lax.max(x.held - 1, 0))
+                row = x.base + x.table[x.batch, lax.div(token, settings.page)]
+                token = lax.div(lax.rem(token, settings.page), settings.piece) * settings.piece
+            plgpu.copy_gmem_to_smem(source.at[row, pl.ds(token, settings.piece), x.group], to, ready)
+
+    def feed():
+        there = x.q_tile if settings.rows == ROWS else x.q_tile.at[pl.ds(0, settings.rows)]
+        plgpu.copy_gmem_to_smem(x.q.at[x.batch, x.group], there, x.q_ready)
+
+        @pl.loop(0, x.steps)
+        def _(n):
+            slot = lax.rem(n, settings.places)
+            at = start_of(settings, (x.first + n) * settings.tokens)
+            for name in ("k", "v"):
+
+                @pl.when(n >= settings.places)
+                def _(name=name):
+                    plgpu.barrier_wait(getattr(x, f"{name}_used").at[slot])
+
+                copies(at, getattr(x, name), getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot])
+
+    @pl.when(x.warpgroup < COMPUTE)
+    def _():
+        plgpu.set_max_registers(REGISTERS, action="increase")
+        compute()
+
+    @pl.when(x.warpgroup == COMPUTE)
+    def _():
+        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
+        feed()

@@ -1,0 +1,173 @@
+"""Flash-decoding for Hopper GPUs by Pallas' Mosaic GPU backend: how the kernel is called (`gpu_kernel`: what it does).
+
+The grid is key/value heads x splits x rows. Which steps a row needs follows from its length and the window; the others are
+neither copied nor computed. A page table is read where a copy's address is made. Each warpgroup's part of a row is written
+with its log-sum-exp, and parts are merged by those (`merging`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax.numpy as jnp
+
+from jaxpar.pallas_kernels import gpu, versions
+from jaxpar.pallas_kernels.decode import gpu_kernel
+from jaxpar.pallas_kernels.decode.gpu_kernel import COMPUTE, Settings
+from jaxpar.pallas_kernels.decode.merging import merge
+from jaxpar.pallas_kernels.decode.mosaic_tpu import MOST_QUERIES, kept_name, most_blocks, needed
+from jaxpar.pallas_kernels.formats.quantised import Quantised
+from jaxpar.pallas_kernels.tiles import Row, chip, look_up
+
+SIZES = (64, 128, 256)
+"""Head sizes that tiles have."""
+SMALLEST_PAGE = 8
+"""Slots: whole rows of shared memory's pattern."""
+LEAST_STEPS = 4
+"""Of a split, where a row is divided."""
+
+
+@dataclass(frozen=True)
+class HopperDecodeTiles:
+    """How much of the cache a step takes, and how often a row is divided.
+
+    Attributes:
+      tokens: of a step, 64 or 128.
+      stages: steps that shared memory holds for each of the two warpgroups that compute.
+      blocks: that are wanted at once: rows are divided so that whole rounds of so many come out.
+    """
+
+    tokens: int = 64
+    stages: int = 2
+    blocks: int = 132
+
+    def __post_init__(self):
+        if self.tokens not in (64, 128):
+            raise ValueError(f"HopperDecodeTiles.tokens must be 64 or 128, got {self.tokens}")
+        for name in ("stages", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"HopperDecodeTiles.{name} must be at least 1, got {getattr(self, name)}")
+
+
+TABLE = (
+    Row(HopperDecodeTiles(stages=4), most=(("head_size", 64),)),
+    Row(HopperDecodeTiles(stages=2), most=(("head_size", 128),)),
+    Row(HopperDecodeTiles(stages=1)),
+)
+"""Tiles by head size. That they compile for Hopper GPUs and fit their registers is tested; which are fastest has not been
+measured."""
+
+
+def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP=None) -> str | None:
+    """Why the kernel cannot do this call, as the end of a sentence; None where it can."""
+    (B, T, H, K), (places, G) = q.shape, k.shape[-3:-1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes queries in bfloat16 or float16, got {q.dtype}"
+    if K not in SIZES:
+        return f"takes head sizes of {', '.join(map(str, SIZES[:-1]))} and {SIZES[-1]}, got {K}"
+    if not 1 <= T <= MOST_QUERIES or T * (H // G) > gpu.ROWS:
+        return f"takes 1 to {MOST_QUERIES} queries a row, and {gpu.ROWS} that share a key/value head, got {T} and {T * (H // G)}"
+    if isinstance(k, Quantised) or k.dtype != q.dtype:
+        return f"takes keys and values in the queries' dtype, {q.dtype}, got {kept_name(k)}"
+    if not B:
+        return "needs a row at least, got 0"
+    if table_BxP is None and places < 64:
+        return f"takes a cache of at least 64 slots, got {places}"
+    if table_BxP is not None and (places < SMALLEST_PAGE or places & (places - 1) or not table_BxP.shape[1]):
+        return f"takes pages of a power of two of slots from {SMALLEST_PAGE} on, got {table_BxP.shape[1]} of {places}"
+    kind = versions.device_kind("cuda")
+    if kind is not None and chip(kind) != "hopper":
+        return f"is written for Hopper GPUs, and here is a {kind}"
+    return None
+
+
+def decode_mosaic_gpu(
+    q_BxTxHxK, k, v, lens_B, *, scale, window=None, cap=None, layer=None, table_BxP=None, interpret=False, tiles=None
+):
+    """See `api.decode_attention`: out, and lse.
+
+    Args:
+      interpret: True, or `plgpu.InterpretGPUParams`, to run in an interpreter (from JAX 0.11 on).
+      tiles: instead of those of the table.
+    """
+    B, T, H, K = q_BxTxHxK.shape
+    (places, G), paged = k.shape[-3:-1], table_BxP is not None
+    slots = places * table_BxP.shape[1] if paged else places
+    rows = rows_of(T, H // G)
+    if tiles is None:
+        op, sizes = ("decode_attention", "mosaic_gpu"), dict(rows=rows, head_size=K, slots=slots)
+        tiles = look_up(TABLE, versions.device_kind("cuda"), op=op, dtype=kept_name(k), **sizes)
+    tokens = tiles.tokens if paged or places >= tiles.tokens else 64
+    settings = Settings(
+        scale,
+        cap,
+        window is not None,
+        queries=T,
+        shared=H // G,
+        rows=rows,
+        slots=slots,
+        tokens=tokens,
+        piece=min(tokens, places) if paged else tokens,
+        page=places if paged else None,
+        splits=1,
+        stages=tiles.stages,
+        size=K,
+        dtype=q_BxTxHxK.dtype,
+        interpret=bool(interpret),
+    )
+    splits = splits_of(B * G, most_blocks(settings, window), tiles.blocks)
+    settings = Settings(**vars(settings) | {"splits": splits})
+    first, count = needed(settings, lens_B, window)
+    low = jnp.zeros_like(lens_B) if window is None else lens_B - window
+    # A cache is read as it lies: its layers are rows before rows.
+    base = jnp.zeros_like(lens_B) if paged else jnp.arange(B, dtype=jnp.int32)
+    if layer is not None:
+        base = base + jnp.asarray(layer, jnp.int32) * k.shape[1]
+    arrays = {
+        "rows": jnp.stack([first, count, lens_B, low, base], axis=1),
+        "table": jnp.clip(table_BxP, 0, k.shape[-4] - 1) if paged else jnp.zeros((1, 1), jnp.int32),
+        "q": _queries(q_BxTxHxK, G, rows),
+        **{name: x.reshape(-1, *x.shape[-3:]) for name, x in (("k", k), ("v", v))},
+    }
+    parts = splits * COMPUTE
+    shapes = {"out": (B, G, parts, rows, K), "lse": (B, G, parts, rows)}
+    held = gpu_kernel.scratch(settings)
+    call = gpu.kernel(
+        partial(gpu_kernel.decode, settings, (*arrays, *shapes, *held)),
+        [versions.out_shape(shape, jnp.float32, *arrays.values()) for shape in shapes.values()],
+        grid={"group": G, "split": splits, "batch": B},
+        warpgroups=COMPUTE + 1,
+        scratch=held.values(),
+        interpret=gpu.interpreter(interpret),
+        name="decode_attention",
+    )
+    out, lse = merge(*call(*arrays.values()), axis=2)
+    apart = lambda x: x[:, :, : T * (H // G)].reshape(B, G, T, H // G, *x.shape[3:])
+    out = jnp.swapaxes(apart(out), 1, 2).reshape(B, T, H, K).astype(q_BxTxHxK.dtype)
+    return out, jnp.swapaxes(apart(lse), 2, 3).reshape(B, H, T)
+
+
+def rows_of(queries: int, shared: int) -> int:
+    """Queries with the heads that share a key/value head, in whole eights."""
+    return -(-queries * shared // 8) * 8
+
+
+def splits_of(pairs: int, steps: int, blocks: int) -> int:
+    """In how many parts each row is divided: the fewest that keep nine tenths of the processors busy over whole rounds of
+    `blocks`, of those that leave a part `LEAST_STEPS`; or the best there is.
+
+    Args:
+      pairs: rows times key/value heads.
+      steps: of a row, at most.
+    """
+    most = max(min(steps // LEAST_STEPS, 2 * blocks), 1)
+    busy = lambda n: pairs * n / (-(-pairs * n // blocks) * blocks)
+    return next((n for n in range(1, most + 1) if busy(n) >= 0.9), max(range(1, most + 1), key=busy))
+
+
+def _queries(q_BxTxHxK, G: int, rows: int):
+    """[B, G, rows, K]: those that share a key/value head together, a query's heads side by side."""
+    B, T, H, K = q_BxTxHxK.shape
+    q = jnp.swapaxes(q_BxTxHxK.reshape(B, T, G, H // G, K), 1, 2).reshape(B, G, -1, K)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, rows - q.shape[2]), (0, 0)))

@@ -1,0 +1,196 @@
+"""The Hopper decoding kernel in JAX's Mosaic GPU interpreter (from JAX 0.11 on): against float64, no worse than 1.5 times
+plain XLA, without races, and lines of it broken, which the comparison sees. How it compiles: `test_decode_cuda_aot`."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpar.pallas_kernels import gpu
+from jaxpar.pallas_kernels.decode import DECODE_ATTENTION, decode_attention, gpu_kernel, mosaic_gpu
+from jaxpar.pallas_kernels.decode.xla import decode_xla
+from jaxpar.pallas_kernels.dispatch import explain
+from jaxpar.pallas_kernels.formats.quantised import quantise
+from tests.pallas_kernels.attention_cases import errors
+from tests.pallas_kernels.decode_cases import Case, arguments, call, poisoned, truth
+from tests.pallas_kernels.test_attention_mosaic_gpu import B200, H200
+from tests.pallas_kernels.test_attention_mutants import load
+
+pytestmark = pytest.mark.quick
+interpreted = pytest.mark.skipif(
+    not gpu.MAY_INTERPRET, reason=f"JAX interprets Mosaic GPU kernels from 0.11 on, this is {jax.__version__}"
+)
+Tiles = mosaic_gpu.HopperDecodeTiles
+CASES = {
+    # A row that holds nothing, and one that leaves a split nothing; the last step is no whole one.
+    "grouped, split": Case((3, 1, 600, 8, 2, 64), Tiles(64, 1, blocks=12), (600, 1, 0), jnp.bfloat16),
+    "several queries, window, cap": Case(
+        (2, 5, 400, 4, 2, 128), Tiles(64, 1, blocks=1), (400, 61), jnp.float16, window=90, cap=3.0
+    ),
+    "pages": Case((2, 2, 256, 4, 2, 64), Tiles(64, 2, blocks=1), (250, 95), jnp.bfloat16, page=16, window=70),
+    "pages of several steps": Case((2, 1, 256, 2, 1, 64), Tiles(64, 1, blocks=1), (300, 130), jnp.float16, page=128),
+}
+CEILINGS = {jnp.bfloat16: 4e-3, jnp.float16: 6e-4, jnp.float32: 1e-6}
+UNITS = {jnp.bfloat16: 2**-8, jnp.float16: 2**-11, jnp.float32: 2**-18}
+"""A difference that is rounding, where XLA has less by luck."""
+
+
+@cache
+def programs(name):
+    """The interpreter raises where copies and reads race."""
+    case, careful = CASES[name], plgpu.InterpretGPUParams(detect_races=True)
+    return call(case, mosaic_gpu.decode_mosaic_gpu, tiles=case.tiles, interpret=careful), call(case, decode_xla)
+
+
+@interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64_no_worse_than_xla(name):
+    """With NaN in every slot that no row holds; and the same bits without."""
+    case = CASES[name]
+    kernel, xla = programs(name)
+    given = arguments(case)
+    spoilt = poisoned(case, given)
+    found, theirs, clean = kernel(*spoilt), xla(*spoilt), kernel(*given)
+    for label, a, b, c, expected in zip(("out", "lse"), found, theirs, clean, truth(case, given), strict=True):
+        np.testing.assert_array_equal(a, c)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        dtype = jnp.float32 if label == "lse" else case.dtype
+        ours, xlas = errors(a, expected), errors(b, expected)
+        for kept, x, y, times in zip(("norm", "row", "bias"), ours, xlas, (1, 3, 1), strict=True):
+            assert x <= times * max(1.5 * y, UNITS[dtype]), (label, kept, x, y)
+        assert ours[0] <= CEILINGS[dtype], (label, ours)
+        # Nothing passes by being small.
+        assert np.sqrt(np.mean(expected[np.isfinite(expected)] ** 2)) > 0.01, label
+
+
+@interpreted
+def test_lengths_windows_and_tables_are_data():
+    """The same program, other rows; a row that ran far past its slots, and rows that hold nothing: exactly nothing."""
+    case, (kernel, _) = CASES["pages"], programs("pages")
+    q, k, v, lens, window, table = given = arguments(case)
+    before = kernel(*given)
+    swapped = table.at[:, 2].set(table[::-1, 2])
+    for other in (
+        (lens - 40, window, table),
+        (lens, window - 60, table),
+        (lens, window, swapped),
+        (lens * 0, window, table),
+    ):
+        found, expected = kernel(q, k, v, *other), truth(case, (q, k, v, *other))
+        if not np.isfinite(expected[1]).any():
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_array_equal(found[1], expected[1])
+        else:
+            assert errors(found[0], expected[0])[0] < CEILINGS[case.dtype]
+            assert np.abs(np.asarray(found[0] - before[0], np.float32)).max() > 0.01
+
+
+MUTANTS = (
+    (gpu_kernel, "lambda logits: logits, hide", "lambda logits: logits, lambda logits: logits"),
+    (gpu_kernel, "jnp.where(top == -jnp.inf, 0.0, top)", "top"),
+    (gpu_kernel, "sums * wide(shrink, settings.size)", "sums"),
+    (gpu_kernel, "jnp.log(share) + top * LOG2", "jnp.log(share) + top"),
+    (gpu_kernel, "(column < behind)", "(column <= behind)"),
+    (gpu_kernel, " & (column >= at)", ""),
+    (gpu_kernel, "seen & (column >= low)", "seen"),
+    (gpu_kernel, "low + (behind - (x.length - older))", "low"),
+    (gpu_kernel, "jnp.where(token < x.held, values, jnp.zeros_like(values))", "values"),
+    (gpu_kernel, "x.first = first + x.split * share", "x.first = first"),
+    (gpu_kernel, "x.split * COMPUTE + x.warpgroup", "x.split * COMPUTE"),
+    (mosaic_gpu, "* k.shape[1]\n", "* 0\n"),
+)
+MUTATED = Case((2, 2, 544, 2, 1, 64), Tiles(64, 1, blocks=4), (544, 23), jnp.bfloat16, window=480, scale=0.9)
+"""The first row's second query sees nothing of the first step, which the first one sees the last token of."""
+
+
+@pytest.fixture(scope="module")
+def problem():
+    given = arguments(MUTATED)
+    return poisoned(MUTATED, given), truth(MUTATED, given)
+
+
+def right(calls, problem) -> bool:
+    given, expected = problem
+    found = call(MUTATED, calls.decode_mosaic_gpu, tiles=MUTATED.tiles, interpret=True)(*given)
+    try:
+        return errors(found[0], expected[0])[0] < 4e-3 and errors(found[1], expected[1])[0] < 1e-6
+    except AssertionError:
+        # Not finite where the truth is.
+        return False
+
+
+@interpreted
+def test_the_unbroken_kernel_is_right(problem):
+    assert right(mosaic_gpu, problem)
+
+
+@interpreted
+@pytest.mark.parametrize("number", range(len(MUTANTS)))
+def test_mutants_are_killed(problem, number, monkeypatch):
+    module, old, new = MUTANTS[number]
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{module.__name__} has {old!r} {source.count(old)} times"
+    made = load(module, source.replace(old, new), monkeypatch)
+    calls = made if module is mosaic_gpu else load(mosaic_gpu, Path(mosaic_gpu.__file__).read_text(), monkeypatch)
+    if module is gpu_kernel:
+        calls.gpu_kernel, calls.Settings = made, made.Settings
+    assert not right(calls, problem), f"{old!r} -> {new!r} makes no difference"
+
+
+def test_splits_keep_all_processors_busy_and_no_part_is_short():
+    for pairs, steps in ((64, 512), (512, 64), (8, 512), (1, 2048), (24, 128), (200, 64), (3, 5), (1, 1)):
+        splits = mosaic_gpu.splits_of(pairs, steps, 132)
+        assert splits == 1 or steps // splits >= mosaic_gpu.LEAST_STEPS
+        if steps * pairs >= 132 * 16:
+            blocks = pairs * splits
+            assert blocks / (-(-blocks // 132) * 132) >= 0.9, (pairs, steps, splits)
+
+
+def test_who_gets_the_kernel():
+    """On a Hopper GPU it is chosen without its name; what it cannot do is one sentence."""
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    q, k, lens = shape(2, 1, 8, 128), shape(2, 256, 2, 128), shape(2, dtype=jnp.int32)
+    reason = lambda q=q, k=k, **more: (
+        {v.name: v for v in explain(DECODE_ATTENTION, q, k, k, lens, **dict(scale=1.0) | more)}["mosaic_gpu"].reason
+    )
+    table = shape(2, 3, dtype=jnp.int32)
+    assert reason() == "runs on NVIDIA GPUs, and here are CPUs only"
+    for found, words in (
+        (reason(q=shape(2, 1, 8, 128, dtype=jnp.float32)), "queries in bfloat16 or float16, got float32"),
+        (reason(k=shape(2, 256, 2, 128, dtype=jnp.float16)), "in the queries' dtype, bfloat16, got float16"),
+        (reason(k=jax.eval_shape(lambda: quantise(jnp.zeros((2, 256, 2, 128)), "fp8_e4m3_row"))), "got fp8_e4m3_row"),
+        (reason(q=shape(2, 1, 8, 80), k=shape(2, 256, 2, 80)), "head sizes of 64, 128 and 256, got 80"),
+        (reason(q=shape(2, 17, 8, 128)), "1 to 16 queries a row, and 64 that share a key/value head, got 17 and 68"),
+        (reason(k=shape(2, 63, 2, 128)), "at least 64 slots, got 63"),
+        (reason(k=shape(9, 24, 2, 128), table_BxP=table), "a power of two of slots from 8 on, got 3 of 24"),
+    ):
+        assert words in found
+        assert "\n" not in found
+    with jax.sharding.use_abstract_mesh(B200):
+        assert reason() == "is written for Hopper GPUs, and here is a NVIDIA B200"
+    with jax.sharding.use_abstract_mesh(H200):
+        assert reason() == "is chosen on NVIDIA GPUs"
+        assert reason(k=shape(9, 16, 2, 128), table_BxP=table) == "is chosen on NVIDIA GPUs"
+        run = jax.jit(lambda *x: decode_attention(*x, scale=1.0))
+        text = run.trace(q, k, k, lens).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    with pytest.raises(ValueError, match="tokens must be 64 or 128, got 96"):
+        Tiles(96)
+    with pytest.raises(ValueError, match="stages must be at least 1, got 0"):
+        Tiles(stages=0)
+
+
+@interpreted
+def test_the_public_function_runs_it_with_sinks_and_tiles_of_the_table():
+    case = replace(CASES["grouped, split"], shape=(2, 3, 80, 4, 2, 64), lens=(80, 50))
+    q, k, v, lens, *_ = arguments(case)
+    run = lambda name, **more: decode_attention(
+        q, k, v, lens, scale=0.3, layer=1, sinks_H=jnp.arange(4.0), lse_out=True, implementation=name, **more
+    )
+    for a, b in zip(*jax.jit(lambda: (run("mosaic_gpu", interpret=True), run("xla")))(), strict=True):
+        assert errors(a, np.asarray(b, np.float64))[0] < CEILINGS[jnp.bfloat16]
