@@ -246,6 +246,7 @@ def decode(model, held, dtype, *, batch, slots, heads, groups, size) -> Case:
         return jax.jit(ours("xla"))(jnp.asarray(np.asarray(q, np.float64), precise), k, v, lens)
 
     shapes = jax.eval_shape(make, jax.random.key(0))
+    others = {} if held else rivals.decode(dtype, scale=size**-0.5)
     return Case(
         "decode attention",
         f"{held or dtype} cache, {batch} x {slots}, {heads}/{groups} heads of {size}",
@@ -254,7 +255,7 @@ def decode(model, held, dtype, *, batch, slots, heads, groups, size) -> Case:
         make,
         4.0 * batch * slots * heads * size,
         size_of(shapes),
-        {name: ours(name) for name in DECODE_ATTENTION.names},
+        {name: ours(name) for name in DECODE_ATTENTION.names} | others,
         exact,
         lambda out: out[:1],
     )

@@ -33,6 +33,19 @@ def attention(*, heads: int, tokens: int, scale: float, causal: bool, window: in
     return {"JAX splash": first, "tokamax": second}
 
 
+def decode(dtype: str, *, scale: float) -> dict[str, Callable | Torch | str]:
+    """Functions of q [B, 1, H, K], k and v [B, S, G, K] and lengths, which are S: others take whole caches best."""
+    if jax.default_backend() == "gpu":
+        cudnn = lambda q, k, v, lens: jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    else:
+        cudnn = f"runs on NVIDIA GPUs, and here is a {jax.devices()[0].device_kind}"
+    sdpa = torch_attention(dtype, scale=scale, causal=False, window=None, back=False)
+    if isinstance(sdpa, Torch):
+        build = sdpa.build
+        sdpa = Torch(lambda arrays: build(arrays[:3]))
+    return {"cudnn": cudnn, "torch SDPA": sdpa}
+
+
 def splash(*, heads: int, tokens: int, scale: float, causal: bool, window: int | None, interpret=False) -> Callable:
     """`jax.experimental.pallas.ops.tpu.splash_attention`, with the block sizes that it takes itself."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel

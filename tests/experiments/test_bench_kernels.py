@@ -92,3 +92,7 @@ def test_pytorch_is_the_same_attention():
     sampler = kernel_rivals.TorchSampler(case.contenders["torch SDPA"].build(arrays), shortest=1e-3)
     assert sampler.sample() > 0
     assert kernels.error_of(case, arrays, sampler.output()) < 1e-6
+    case = kernel_cases.decode("tiny", None, "float32", batch=2, slots=64, heads=4, groups=2, size=32)
+    arrays = case.make(jax.random.key(0))
+    sampler = kernel_rivals.TorchSampler(case.contenders["torch SDPA"].build(arrays), shortest=1e-3)
+    assert kernels.error_of(case, arrays, sampler.output()) < 1e-6
