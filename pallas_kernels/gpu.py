@@ -6,6 +6,8 @@ Mosaic GPU's interface changes between releases: whatever differs between 0.10.2
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from inspect import signature
 
@@ -88,6 +90,41 @@ def kernel(
     return call
 
 
+MAY_ADD = MAY_INTERPRET
+"""Whether a kernel may be given references to arrays that it changes: since 0.11."""
+
+
+def adding(call: Callable, shapes) -> Callable:
+    """A kernel that also adds to float32 arrays, which come behind its inputs and are zeros before, as a function of its
+    inputs: its outputs, and what the arrays have become. Under `vmap` one call follows the other.
+
+    Args:
+      call: takes arrays, and references to those that it adds to.
+    """
+    shapes = tuple(shapes)
+    if not shapes:
+        return call
+
+    @jax.custom_batching.sequential_vmap
+    def run(*arrays):
+        axes = frozenset().union(*map(varies_over, arrays))
+        # Kernels take no references to what differs over a mesh axis. What is read from them is said to differ.
+        refs = [jax.new_ref(jnp.zeros(shape, jnp.float32)) for shape in shapes]
+        outs = call(*arrays, *refs)
+        return [*outs, *(varying(ref[...], axes) for ref in refs)]
+
+    return run
+
+
+def same_bits() -> bool:
+    """Whether XLA was told to give the same results on every run, by the flags that it has for it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return any(
+        re.search(rf"--{name}(=true|=1)?(\s|$)", flags)
+        for name in ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+    )
+
+
 _TAKES_INDEX = "idx" in signature(plgpu.load).parameters
 
 
@@ -139,3 +176,49 @@ def mma(total, a, b, *, transposed=False, interpret=False, meanwhile: Callable |
 
     kind = jnp.int32 if jnp.issubdtype(a.dtype, jnp.integer) else jnp.float32
     return pl.run_scoped(fresh, plgpu.ACC(total, kind))
+
+
+class Sum:
+    """A sum of products in registers, which the matrix unit may still be at. See `in_flight`."""
+
+    def __init__(self, ref=None, value=None, shape=None):
+        self._ref, self._value, self._shape = ref, value, shape
+
+    def add(self, a, b, *, transposed=False) -> None:
+        """Begin to add `a b` (`transposed`: `a bᵀ`). `a` is a reference to shared memory or an array in registers."""
+        if self._ref is not None:
+            plgpu.wgmma(self._ref, a, b.transpose((1, 0)) if transposed else b)
+        else:
+            self._value = mma(
+                self._shape if self._value is None else self._value, a, b, transposed=transposed, interpret=True
+            )
+
+    def value(self, after: int = 0):
+        """The sum, when all products but the last `after` that were begun are done."""
+        if self._ref is not None:
+            return plgpu.wgmma_accumulator_load(self._ref, wait_n=after)
+        return self._value
+
+
+def in_flight(body: Callable, fresh, carried, *, interpret=False) -> list:
+    """Run `body(*sums)` with a `Sum` for each shape in `fresh`, from nothing, then for each float32 array in `carried`.
+
+    Products are under way while the body does other things, until it asks for a sum's value. One that was begun is not read or
+    written, nor are its operands, before that.
+
+    Returns:
+      the sums that `carried` has become, all done.
+    """
+    if interpret:
+        # As `mma`: the interpreter has sums of tiles in shared memory, from nothing, only.
+        sums = [Sum(shape=shape) for shape in fresh], [Sum(value=total) for total in carried]
+        body(*sums[0], *sums[1])
+        return [one.value() for one in sums[1]]
+
+    def outer(carried_refs):
+        def inner(*fresh_refs):
+            body(*map(Sum, fresh_refs), *map(Sum, carried_refs))
+
+        pl.run_scoped(inner, *(plgpu.ACC(shape, jnp.float32) for shape in fresh))
+
+    return pl.run_state(outer)([plgpu.ACC.init(total) for total in carried])

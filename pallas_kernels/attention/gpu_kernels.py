@@ -49,6 +49,7 @@ class Settings:
       dtype: of the operands.
       interpret: whether the kernel will run in the interpreter.
       outs: what it computes, by which `backward_k` knows whether it is to sum dk, dv or both.
+      precise: each sum leaves as two numbers of the operands' dtype, rounded and what rounding left (`leave`).
     """
 
     kinds: Kinds
@@ -62,13 +63,17 @@ class Settings:
     dtype: Any
     interpret: bool = False
     outs: tuple[str, ...] = ()
+    precise: bool = False
 
     def mma(self, total, a, b, **more):
         return gpu.mma(total, a, b, interpret=self.interpret, **more)
 
     def logits(self, a, b, **more):
         """`a bᵀ` scaled and capped, in units of log 2."""
-        logits = self.mma((ROWS, self.columns), a, b, transposed=True, **more)
+        return self.scaled(self.mma((ROWS, self.columns), a, b, transposed=True, **more))
+
+    def scaled(self, logits):
+        """Products of queries and keys scaled and capped, in units of log 2."""
         if self.cap is None:
             return logits * (self.scale / LOG2)
         # tanh x = 1 - 2 / (e^2x + 1), of which an exponential is the chip's own.
@@ -113,6 +118,8 @@ class Settings:
 
 
 TILES = ("q_tile", "k_tile", "v_tile", "d_out_tile")
+REST = "_rest"
+"""The output of what rounding left of another one has its name with this."""
 
 
 def place(settings: Settings, names, refs, backwards: bool) -> SimpleNamespace:
@@ -161,22 +168,24 @@ def masked(settings: Settings, x, logits, j, slot, rows_are: str):
     """Logits with -inf where nothing is seen; untouched where all of block `j` is seen by all of this block."""
     if not settings.kinds.names:
         return logits
-
-    def hide(logits):
-        shape = logits.shape
-        of = {"rows": {}, "columns": {}}
-        for name, row, column in zip(
-            settings.kinds.names, settings.labels("rows"), settings.labels("columns"), strict=True
-        ):
-            of["rows"][name] = spread(gpu.load(getattr(x, row).at[x.warpgroup], ALONG), shape, 0)
-            of["columns"][name] = spread(gpu.load(getattr(x, column).at[slot], ACROSS), shape, 1)
-        # What comes next is copied to where these were read: reads come before it by a fence only.
-        plgpu.commit_smem()
-        q, k = (of["rows"], of["columns"]) if rows_are == "q" else (of["columns"], of["rows"])
-        return jnp.where(settings.kinds.seen(q, k, x.window[0]), logits, -jnp.inf)
-
     first, last = x.clear
-    return lax.cond((first <= j) & (j <= last), lambda logits: logits, hide, logits)
+    seen = (first <= j) & (j <= last)
+    return lax.cond(seen, lambda logits: logits, lambda logits: hide(settings, x, logits, slot, rows_are), logits)
+
+
+def hide(settings: Settings, x, logits, slot, rows_are: str):
+    """Logits with -inf where nothing is seen, by the labels of this block and of a step's place."""
+    shape = logits.shape
+    of = {"rows": {}, "columns": {}}
+    for name, row, column in zip(
+        settings.kinds.names, settings.labels("rows"), settings.labels("columns"), strict=True
+    ):
+        of["rows"][name] = spread(gpu.load(getattr(x, row).at[x.warpgroup], ALONG), shape, 0)
+        of["columns"][name] = spread(gpu.load(getattr(x, column).at[slot], ACROSS), shape, 1)
+    # What comes next is copied to where these were read: reads come before it by a fence only.
+    plgpu.commit_smem()
+    q, k = (of["rows"], of["columns"]) if rows_are == "q" else (of["columns"], of["rows"])
+    return jnp.where(settings.kinds.seen(q, k, x.window[0]), logits, -jnp.inf)
 
 
 def copy_rows(x, copies) -> None:
@@ -200,6 +209,21 @@ def key_copies(x, settings: Settings):
         return [(k, x.k_tile), *labels(x, settings, "k_labels", "columns", keys)], [(v, x.v_tile)]
 
     return copies
+
+
+def query_step(x, settings: Settings, n):
+    """By keys: the query head and the queries of a step."""
+    head = x.head * settings.shared + lax.div(n, x.steps)
+    return head, pl.ds((x.first + lax.rem(n, x.steps)) * settings.columns, settings.columns)
+
+
+def query_copies(x, settings: Settings, n, numbers: tuple[str, ...]):
+    """By keys: the copies of a step, first what logits need, with these numbers of its queries."""
+    head, queries = query_step(x, settings, n)
+    rows = [(getattr(x, name).at[x.batch, head, queries], getattr(x, f"{name}_rows")) for name in numbers]
+    marks = labels(x, settings, "q_labels", "columns", queries)
+    q, d_out = (source.at[x.batch, queries, head] for source in (x.q, x.d_out))
+    return [(q, x.q_tile), *rows, *marks], [(d_out, x.d_out_tile)]
 
 
 def feed(x, settings: Settings, steps, groups) -> None:
@@ -274,6 +298,23 @@ def forward(settings: Settings, names, *refs):
     roles(x, compute, lambda: feed(x, settings, x.steps, key_copies(x, settings)))
 
 
+def leave(x, settings: Settings, sums) -> None:
+    """Copy sums out: `(name, sum, tile)`, each by the place of a tile that is not needed any more.
+
+    Float32 sums of whole blocks would need twice that place, which shared memory does not have.
+    """
+    for suffix in ("", REST) if settings.precise else ("",):
+        if suffix:
+            rest = lambda total: total - total.astype(settings.dtype).astype(jnp.float32)
+            sums = [(name, rest(total), tile) for name, total, tile in sums]
+        for _, total, tile in sums:
+            tile.at[x.warpgroup][...] = total.astype(settings.dtype)
+        plgpu.commit_smem()
+        for name, _, tile in sums:
+            plgpu.copy_smem_to_gmem(tile.at[x.warpgroup], getattr(x, name + suffix).at[x.batch, x.mine, x.head])
+        plgpu.wait_smem_to_gmem(0)
+
+
 def backward_q_scratch(settings: Settings) -> dict:
     return settings.scratch(
         ("q_tile", "d_out_tile", "lse_rows", "drop_rows", *settings.labels("rows")),
@@ -319,10 +360,7 @@ def backward_q(settings: Settings, names, *refs):
             return sums, lse, drop
 
         sums, _, _ = lax.fori_loop(0, x.steps, step, (gpu.zeros((ROWS, settings.size)), lse, drop))
-        x.q_tile.at[x.warpgroup][...] = (sums * settings.scale).astype(settings.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x.q_tile.at[x.warpgroup], x.dq.at[x.batch, x.mine, x.head])
-        plgpu.wait_smem_to_gmem(0)
+        leave(x, settings, [("dq", sums * settings.scale, x.q_tile)])
 
     roles(x, compute, lambda: feed(x, settings, x.steps, key_copies(x, settings)))
 
@@ -374,24 +412,8 @@ def backward_k(settings: Settings, names, *refs):
         sums = dict(zip(settings.outs, lax.fori_loop(0, settings.shared * x.steps, step, start), strict=True))
         if "dk" in sums:
             sums["dk"] = sums["dk"] * settings.scale
-        # Each leaves by the place of a tile that is not needed any more.
-        leave = [(sums[name], tile, getattr(x, name)) for name, (_, tile) in zip(sums, tiles, strict=False)]
-        for total, tile, _ in leave:
-            tile.at[x.warpgroup][...] = total.astype(settings.dtype)
-        plgpu.commit_smem()
-        for _, tile, out in leave:
-            plgpu.copy_smem_to_gmem(tile.at[x.warpgroup], out.at[x.batch, x.mine, x.head])
-        plgpu.wait_smem_to_gmem(0)
+        leave(x, settings, [(name, total, tile) for (name, total), (_, tile) in zip(sums.items(), tiles, strict=False)])
 
-    def copies(n):
-        head = x.head * settings.shared + lax.div(n, x.steps)
-        queries = pl.ds((x.first + lax.rem(n, x.steps)) * settings.columns, settings.columns)
-        numbers = [(x.lse, x.lse_rows), (x.drop, x.drop_rows)] if "dk" in settings.outs else [(x.lse, x.lse_rows)]
-        numbers = [(source.at[x.batch, head, queries], to) for source, to in numbers]
-        marks = labels(x, settings, "q_labels", "columns", queries)
-        return (
-            [(x.q.at[x.batch, queries, head], x.q_tile), *numbers, *marks],
-            [(x.d_out.at[x.batch, queries, head], x.d_out_tile)],
-        )
-
+    numbers = ("lse", "drop") if "dk" in settings.outs else ("lse",)
+    copies = lambda n: query_copies(x, settings, n, numbers)
     roles(x, compute, lambda: feed(x, settings, settings.shared * x.steps, copies))

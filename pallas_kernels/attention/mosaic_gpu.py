@@ -3,9 +3,12 @@ what they do).
 
 Dao et al. 2022 and 2023, Shah et al. 2024: the T x S logits exist a block at a time, in registers. Blocks of keys that no
 query of a block sees are neither computed nor fetched (`labels`), wherever causality, window, documents and offsets put
-them, and those of which all is seen are not masked. The backward pass is two kernels, each sums its own output in registers
-in a fixed order: dq over blocks of keys; dk and dv over the query heads that share them and over blocks of queries. Nothing
-is added atomically: results are the same on every run.
+them, and those of which all is seen are not masked.
+
+The backward pass is one kernel (`gpu_fused`), which sums dk and dv in registers and adds to dq in memory: the last bits of dq
+are not the same on every run. With XLA's flag for the same results on every run (`gpu.same_bits`), on JAX before 0.11 and
+with head size 256 it is two: dq over blocks of keys; dk and dv over the query heads that share them and over blocks of
+queries, each sum in registers and in a fixed order.
 
 Head sizes are padded with zeros to 64, 128 or 256, queries and keys to whole blocks of 128. With 256, dk and dv together do
 not fit a thread's registers: they are summed by a kernel each, which makes the weights once more.
@@ -21,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.pallas_kernels import gpu, versions
-from jaxpar.pallas_kernels.attention import gpu_kernels
+from jaxpar.pallas_kernels.attention import gpu_fused, gpu_kernels
 from jaxpar.pallas_kernels.attention.labels import Kinds, Labels, Span, kinds, labels
 from jaxpar.pallas_kernels.attention.mask import MaskSpec
 from jaxpar.pallas_kernels.tiles import Row, chip, look_up
@@ -39,7 +42,9 @@ class AttentionTiles:
     Attributes:
       keys, stages: of the forward pass.
       keys_back, stages_q: of dq.
-      queries_back, stages_k: of dk with dv.
+      queries_back, stages_k: of dk with dv, or of all three in one kernel, whose step is 64 queries.
+      kernels_back: how many kernels the backward pass is. With one, up to head size 128, the last bits of dq are not the same
+        on every run.
     """
 
     keys: int
@@ -48,8 +53,11 @@ class AttentionTiles:
     stages: int = 2
     stages_q: int = 2
     stages_k: int = 2
+    kernels_back: int = 1
 
     def __post_init__(self):
+        if self.kernels_back not in (1, 2):
+            raise ValueError(f"AttentionTiles.kernels_back must be 1 or 2, got {self.kernels_back}")
         for name in ("keys", "keys_back", "queries_back"):
             if getattr(self, name) not in (64, 128):
                 raise ValueError(f"AttentionTiles.{name} must be 64 or 128 tokens, got {getattr(self, name)}")
@@ -60,7 +68,7 @@ class AttentionTiles:
 
 TABLE = (
     Row(AttentionTiles(128, 64, 64, stages=3, stages_q=3, stages_k=3), most=(("head_size", 64),)),
-    Row(AttentionTiles(128, 64, 64, stages_q=3, stages_k=3), most=(("head_size", 128),)),
+    Row(AttentionTiles(128, 64, 64, stages_q=3), most=(("head_size", 128),)),
     Row(AttentionTiles(64, 64, 64, stages_q=1, stages_k=1)),
 )
 """Tiles by head size. That they compile for Hopper GPUs and fit their registers is tested; which are fastest has not been
@@ -123,22 +131,28 @@ class HopperPlan:
         )
         return out[:, :T, :, :K], lse[:, :, :T]
 
-    def backward(self, q, k, v, mask, starts, lse, drop, d_out):
+    def backward(self, q, k, v, mask, starts, lse, drop, d_out, precise=False):
         call = Call(self, q, k, mask, starts)
         # A query that sees nothing has lse = -inf, and -inf - -inf would be NaN.
         lse = jnp.where(lse == -jnp.inf, 0, lse)
         arrays = {name: call.whole(x) for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out))}
         arrays |= {"lse": call.numbers(lse), "drop": call.numbers(drop)}
+        cut = lambda found, like: found[:, : like.shape[1], :, : like.shape[3]]
+        if self.tiles.kernels_back == 1 and call.size < SIZES[-1] and gpu.MAY_ADD and not gpu.same_bits():
+            found = call.at_once(arrays, self.tiles.stages_k, precise)
+            return tuple(cut(one, like) for one, like in zip(found, (q, k, v), strict=True))
         shape = lambda name: versions.out_shape(arrays[name].shape, arrays[name].dtype, *arrays.values())
         tiles = self.tiles
-        (dq,) = call.by_queries(gpu_kernels.backward_q, arrays, {"dq": shape("q")}, tiles.keys_back, tiles.stages_q)
+        (dq,) = call.by_queries(
+            gpu_kernels.backward_q, arrays, {"dq": shape("q")}, tiles.keys_back, tiles.stages_q, precise
+        )
         outs = {"dk": shape("k"), "dv": shape("v")}
         parts = [outs] if call.size < SIZES[-1] else [{name: out} for name, out in outs.items()]
         sums = [
-            call.by_keys(gpu_kernels.backward_k, arrays, part, tiles.queries_back, tiles.stages_k) for part in parts
+            call.by_keys(gpu_kernels.backward_k, arrays, part, tiles.queries_back, tiles.stages_k, precise)
+            for part in parts
         ]
         dk, dv = (x for part in sums for x in part)
-        cut = lambda found, like: found[:, : like.shape[1], :, : like.shape[3]]
         return cut(dq, q), cut(dk, k), cut(dv, v)
 
 
@@ -164,21 +178,56 @@ class Call:
         """Float32 numbers of queries, padded to whole blocks."""
         return jnp.pad(x_BxHxT.astype(jnp.float32), ((0, 0), (0, 0), (0, self.tokens[0] - self.sizes[0])))
 
-    def by_queries(self, kernel, arrays, outs, columns: int, stages: int):
-        """Run a kernel for each block of queries over the steps of keys that it needs."""
+    def by_queries(self, kernel, arrays, outs, columns: int, stages: int, precise: bool = False):
+        """Run a kernel for each block of queries over the steps of keys that it needs. `precise`: outputs in float32."""
         found = labels(self.mask, self.starts, self.sizes, (BLOCK, columns))
         clear = may_be_clear(self.kinds, found, (BLOCK, columns))
-        return self._run(kernel, arrays, outs, found, (found.keys, clear), self.H, self.tokens[0], columns, stages)
+        grid = self.H, self.tokens[0]
+        return self._run(kernel, arrays, outs, found, (found.keys, clear), grid, columns, stages, precise)
 
-    def by_keys(self, kernel, arrays, outs, columns: int, stages: int):
-        """Run a kernel for each block of keys over the query heads that share it and the steps of queries that need it."""
+    def at_once(self, arrays, stages: int, precise: bool):
+        """dq, dk and dv by one kernel, for each block of keys; dq in float32, dk and dv too if `precise`."""
+        columns = gpu_fused.COLUMNS
+        like = tuple(arrays.values())
+        kind = jnp.float32 if precise else self.dtype
+        outs = {name: versions.out_shape(arrays[x].shape, kind, *like) for name, x in (("dk", "k"), ("dv", "v"))}
+        shape = self.B, self.H, self.tokens[0], self.size
+        if self.plan.interpret:
+            shape = self.tokens[1] // BLOCK, *shape
+        found, clear = self._by_keys(columns)
+        dk, dv, dq = self._run(
+            gpu_fused.backward,
+            arrays,
+            outs,
+            found,
+            (found.queries, clear),
+            (self.G, self.tokens[1]),
+            columns,
+            stages,
+            precise,
+            added={"dq": shape},
+        )
+        dq = jnp.swapaxes(jnp.sum(dq, axis=0) if self.plan.interpret else dq, 1, 2) * self.plan.scale
+        return dq.astype(kind), dk, dv
+
+    def _by_keys(self, columns: int):
+        """Labels by blocks of keys, and the runs of steps of queries that see all of one."""
         found = labels(self.mask, self.starts, self.sizes, (columns, BLOCK))
         clear = may_be_clear(self.kinds, found, (columns, BLOCK))
-        clear = None if clear is None else jnp.swapaxes(clear, 1, 2)
-        return self._run(kernel, arrays, outs, found, (found.queries, clear), self.G, self.tokens[1], columns, stages)
+        return found, None if clear is None else jnp.swapaxes(clear, 1, 2)
 
-    def _run(self, kernel, arrays, outs, found: Labels, spans, heads: int, tokens: int, columns: int, stages: int):
-        plan = self.plan
+    def by_keys(self, kernel, arrays, outs, columns: int, stages: int, precise: bool = False):
+        """Run a kernel for each block of keys over the query heads that share it and the steps of queries that need it."""
+        found, clear = self._by_keys(columns)
+        grid = self.G, self.tokens[1]
+        return self._run(kernel, arrays, outs, found, (found.queries, clear), grid, columns, stages, precise)
+
+    def _run(
+        self, kernel, arrays, outs, found: Labels, spans, grid, columns: int, stages: int, precise: bool, added=None
+    ):
+        """The kernel's outputs. `added`: shapes by name of float32 sums that it adds to, which come behind them."""
+        plan, (heads, tokens), added = self.plan, grid, added or {}
+        twice = precise and not added
         settings = gpu_kernels.Settings(
             self.kinds,
             scale=plan.scale,
@@ -191,23 +240,32 @@ class Call:
             dtype=self.dtype,
             interpret=bool(plan.interpret),
             outs=tuple(outs),
+            precise=precise,
         )
+        if twice:
+            outs = outs | {name + gpu_kernels.REST: out for name, out in outs.items()}
         span, clear = spans
         span = [*span] if clear is None else [*span, *run_of(clear)]
         arrays = {"spans": jnp.stack(span, axis=-1), "window": found.window} | arrays
         if self.kinds.names:
             arrays |= {"q_labels": found.q, "k_labels": found.k}
-        scratch = getattr(gpu_kernels, f"{kernel.__name__}_scratch")(settings)
+        module = gpu_fused if kernel is gpu_fused.backward else gpu_kernels
+        scratch = getattr(module, f"{kernel.__name__}_scratch")(settings)
         call = gpu.kernel(
-            partial(kernel, settings, (*arrays, *outs, *scratch)),
+            partial(kernel, settings, (*arrays, *added, *outs, *scratch)),
             outs.values(),
             grid={"head": heads, "block": tokens // BLOCK, "batch": self.B},
             warpgroups=gpu_kernels.COMPUTE + 1,
             scratch=scratch.values(),
             interpret=plan.interpret,
-            name="_".join(("attention", kernel.__name__, *outs)),
+            name="_".join(("attention", kernel.__name__, *settings.outs)),
         )
-        return call(*arrays.values())
+        found = gpu.adding(call, added.values())(*arrays.values())
+        if not twice:
+            return found
+        found = [x.astype(jnp.float32) for x in found]
+        count = len(settings.outs)
+        return [a + b for a, b in zip(found[:count], found[count:], strict=True)]
 
 
 def may_be_clear(kind: Kinds, found: Labels, blocks: tuple[int, int]) -> jax.Array | None:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from jaxpar.pallas_kernels import gpu
 from tests.pallas_kernels import cuda_target
 from tests.processes import start
 
 CALLS = ((64, "float16", True), (128, "bfloat16", True), (128, "bfloat16", False), (256, "bfloat16", True))
 """Head size, dtype, and whether the call has all that a mask has and a soft cap, or is causal only: each row of the block
 table, at its largest."""
-SPILLS = {64: 0, 128: 0, 256: 128}
-"""Bytes by head size, at most. With 256 the backward pass has too many addresses beside its sums."""
+SPILLS = {64: 0, 128: 256 if gpu.MAY_ADD else 0, 256: 128}
+"""Bytes by head size, at most. With 128 in one kernel, and with 256, the backward pass has too many addresses beside its sums:
+most are read again once a step."""
 QUERIES, HEADS = 4096, 8
 
 
@@ -70,17 +72,20 @@ def test_every_row_of_the_table_compiles_into_registers_and_holds_no_logits(foun
     for row in found:
         size, short = row["size"], {"bfloat16": "bf16", "float16": "f16"}[row["dtype"]]
         product = lambda columns, short=short: f"m64n{columns}k16.f32.{short}.{short}"
-        kernels = [
-            "forward_out_lse",
-            "backward_q_dq",
-            *(["backward_k_dk", "backward_k_dv"] if size == 256 else ["backward_k_dk_dv"]),
-        ]
+        if size == 256:
+            kernels = ["forward_out_lse", "backward_q_dq", "backward_k_dk", "backward_k_dv"]
+        else:
+            kernels = [
+                "forward_out_lse",
+                *(["backward_dk_dv"] if gpu.MAY_ADD else ["backward_q_dq", "backward_k_dk_dv"]),
+            ]
         assert len(row["kernels"]) == len(kernels)
         for kernel in kernels:
             (made,) = (one for name, one in row["kernels"].items() if re.fullmatch(rf"attention_{kernel}_\d+", name))
             # Logits of 64 queries and the table's keys, or of keys and queries, and sums over the head size.
             logits = 128 if kernel.startswith("forward") and size <= 128 else 64
-            assert made["products"] == sorted({product(logits), product(size)}), (kernel, row)
+            columns = {logits, size, size // 2} if kernel == "backward_dk_dv" else {logits, size}
+            assert made["products"] == sorted(map(product, columns)), (kernel, row)
         for kernel in row["kernels"].values():
             assert kernel["target"] == "sm_90a"
             assert kernel["copies"] > 0
@@ -88,9 +93,10 @@ def test_every_row_of_the_table_compiles_into_registers_and_holds_no_logits(foun
             # At the launch every thread of three warpgroups has as many as there are.
             assert kernel["registers"] == 168
             assert kernel["shared"] <= cuda_target.SHARED_BYTES
-        # Beside its arguments and results the program has a few numbers a query: no array of queries by keys, of however
-        # few bits.
-        assert row["temp"] < 32 * HEADS * QUERIES < math.prod((HEADS, QUERIES, QUERIES)) / 8, row
+        # Beside its arguments and results the program has a few numbers a query, and dq in float32 where one kernel adds to
+        # it: no array of queries by keys, of however few bits.
+        added = 4 * size if "attention_backward_dk_dv" in "".join(row["kernels"]) else 0
+        assert row["temp"] < (32 + added) * HEADS * QUERIES < math.prod((HEADS, QUERIES, QUERIES)) / 4, row
 
 
 if __name__ == "__main__":
