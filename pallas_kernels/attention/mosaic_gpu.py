@@ -33,6 +33,8 @@ SIZES = (64, 128, 256)
 """Head sizes of the tiles."""
 BLOCK = gpu_kernels.COMPUTE * gpu_kernels.ROWS
 """Rows of a block: queries by queries, keys by keys."""
+FEWEST = 64
+"""Queries for which None chooses the kernels."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ TABLE = (
     Row(AttentionTiles(128, 64, 64, stages_q=3), most=(("head_size", 128),)),
     Row(AttentionTiles(64, 64, 64, stages_q=1, stages_k=1)),
 )
-"""Tiles by head size. That they compile for Hopper GPUs and fit their registers is tested; which are fastest has not been
-measured."""
+"""Tiles by head size. That they compile for Hopper GPUs and fit their registers is tested. Measured on an H100 as they are, and
+not yet beside others: `jaxpar tune` does that."""
 
 
 def misfit(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, lse_out=False) -> str | None:
@@ -91,8 +93,11 @@ def misfit(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, ls
 
 
 def unwise(q, k, v, **call) -> str | None:
-    """Why None leaves every call to others: nothing is chosen that has not been seen to be faster than they are."""
-    return "has not been measured on a chip, so that only its name chooses it"
+    """Why None leaves a call to XLA: it has next to nothing of what a block is for. On an H100 the kernels were eight to ten
+    times as fast as XLA at 8192 tokens (`experiments/bench/kernels.py`)."""
+    if q.shape[1] < FEWEST:
+        return f"multiplies {BLOCK} queries at once, so that only its name chooses it for fewer than {FEWEST}, and here are {q.shape[1]}"
+    return None
 
 
 def plan(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, interpret=False, tiles=None) -> HopperPlan:
