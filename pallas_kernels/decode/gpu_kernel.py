@@ -6,10 +6,15 @@ it comes; their sums are merged with the other splits' (`merging`). A step's key
 bound this: the few queries that share a head are padded to the matrix unit's 64 rows, which costs no bytes, and the unit's
 time for them is below that of the copies. What the rows behind the queries hold is not defined, and no matter: a row of a
 product is one of the queries alone.
+
+Codes in 8 and 4 bits are widened from shared memory to shared memory, for each warpgroup on its own, and multiplied as they
+are, which is exact; a token's scales are behind the product with its keys and on the weight of its values. A byte has two
+neighbouring channels in 4 bits: even and odd channels are multiplied apart.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpar.pallas_kernels import gpu
+from jaxpar.pallas_kernels.matmul.gpu_kernels import values
 
 COMPUTE = 2
 """Warpgroups that compute; the next one feeds them."""
@@ -30,8 +36,10 @@ CHUNK = 64
 REGISTERS, FEEDER_REGISTERS = 240, 24
 """Of a thread that computes, and of one that feeds: 64512 in a block, and a multiprocessor has 65536."""
 LOG2 = math.log(2)
-ALONG = plgpu.Layout.WGMMA.reduce(1)
-"""How numbers of rows lie over the threads that hold a product."""
+ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+"""How numbers of rows, and of columns, lie over the threads that hold a product."""
+WIDENED = 64
+"""Channels that are widened at once."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class Settings:
       splits: parts that a row's steps are divided into, one after another.
       stages: steps that the feeder may be ahead of each warpgroup that computes.
       size: head size.
-      dtype: of queries, keys and values.
+      dtype: of queries, and of keys and values where they are no codes.
+      bits: of a code, 4 or 8; None: keys and values are floats.
     """
 
     scale: float
@@ -66,6 +75,7 @@ class Settings:
     stages: int
     size: int
     dtype: Any
+    bits: int | None = None
     interpret: bool = False
 
     @property
@@ -74,9 +84,18 @@ class Settings:
         of the barriers that it waits for."""
         return COMPUTE * self.stages
 
-    def logits(self, a, b):
-        """`a bᵀ` scaled and capped, in units of log 2."""
-        logits = gpu.mma((ROWS, self.tokens), a, b, transposed=True, interpret=self.interpret)
+    @property
+    def parts(self) -> int:
+        """In how many the channels are multiplied."""
+        return 2 if self.bits == 4 else 1
+
+    @property
+    def width(self) -> int:
+        """Channels of a part: what a token's keys have in memory, codes or floats."""
+        return self.size // self.parts
+
+    def scaled(self, logits):
+        """Products of queries and keys scaled and capped, in units of log 2."""
         if self.cap is None:
             return logits * (self.scale / LOG2)
         # tanh x = 1 - 2 / (e^2x + 1), of which an exponential is the chip's own.
@@ -86,21 +105,30 @@ class Settings:
 
 def scratch(settings: Settings) -> dict:
     """Shared memory and barriers by name."""
-    tile = plgpu.SMEM((settings.places, settings.tokens, settings.size), settings.dtype)
-    copies = settings.tokens // settings.piece
-    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=settings.places)
-    used = plgpu.Barrier(num_arrivals=1, num_barriers=settings.places)
+    places, tokens, width = settings.places, settings.tokens, settings.width
+    tile = plgpu.SMEM((places, tokens, width), jnp.int8 if settings.bits else settings.dtype)
+    numbers = plgpu.SMEM((places, tokens), jnp.float32)
+    copies = tokens // settings.piece * (2 if settings.bits else 1)
+    ready = plgpu.Barrier(num_arrivals=copies, num_barriers=places)
+    used = plgpu.Barrier(num_arrivals=1, num_barriers=places)
+    codes = {
+        "k_numbers": numbers,
+        "v_numbers": numbers,
+        **{f"wide_{n}": plgpu.SMEM((COMPUTE, tokens, width), settings.dtype) for n in range(settings.parts)},
+    }
     return {
-        "q_tile": plgpu.SMEM((ROWS, settings.size), settings.dtype),
+        # Each part has a name: a matrix instruction's operand that is found by a number known in advance does not lower.
+        **{f"q_tile_{n}": plgpu.SMEM((ROWS, width), settings.dtype) for n in range(settings.parts)},
         "k_tile": tile,
         "v_tile": tile,
         "out_tile": plgpu.SMEM((COMPUTE, ROWS, CHUNK), jnp.float32),
         "lse_rows": plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(),
+        "q_ready": plgpu.Barrier(num_arrivals=settings.parts),
         "k_ready": ready,
         "v_ready": ready,
         "k_used": used,
         "v_used": used,
+        **(codes if settings.bits else {}),
     }
 
 
@@ -156,11 +184,34 @@ def clean(settings: Settings, x, tile, start) -> None:
     def _():
         for channel in range(0, settings.size, CHUNK):
             part = tile.at[:, pl.ds(channel, CHUNK)]
-            values = gpu.load(part, plgpu.Layout.WGMMA)
-            token = start + lax.broadcasted_iota(jnp.int32, values.shape, 0)
-            part[...] = jnp.where(token < x.held, values, jnp.zeros_like(values))
+            found = gpu.load(part, plgpu.Layout.WGMMA)
+            token = start + lax.broadcasted_iota(jnp.int32, found.shape, 0)
+            part[...] = jnp.where(token < x.held, found, jnp.zeros_like(found))
         # Written as neither the matrix unit nor a copy writes: both come after it by a fence only.
         plgpu.commit_smem()
+
+
+def widened(settings: Settings, x, name: str, slot):
+    """A step's keys or values as the matrix unit takes them, for each part of the channels; and a float32 scale a token,
+    [rows, tokens], or None. Codes' place is given back."""
+    tile = getattr(x, f"{name}_tile").at[slot]
+    if settings.bits is None:
+        return [tile], None
+    # Every warp has had its product with what stood there.
+    plgpu.commit_smem()
+    step = min(settings.width, WIDENED)
+    for token in range(0, settings.tokens, ROWS):
+        for channel in range(0, settings.width, step):
+            here = pl.ds(token, ROWS), pl.ds(channel, step)
+            codes = gpu.load(tile.at[*here], plgpu.Layout.WGMMA_UPCAST_4X)
+            for n, part in enumerate(values(settings, [codes])):
+                getattr(x, f"wide_{n}").at[x.warpgroup, *here][...] = part
+    numbers = gpu.load(getattr(x, f"{name}_numbers").at[slot], ACROSS)
+    # Read and written as neither copies nor the matrix unit do; both come next.
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(getattr(x, f"{name}_used").at[slot])
+    wide = [getattr(x, f"wide_{n}").at[x.warpgroup] for n in range(settings.parts)]
+    return wide, lax.broadcast_in_dim(numbers, (ROWS, settings.tokens), [1])
 
 
 def decode(settings: Settings, names, *refs) -> None:
@@ -169,6 +220,9 @@ def decode(settings: Settings, names, *refs) -> None:
     x = place(settings, names, refs)
     wide = lambda numbers, size: lax.broadcast_in_dim(numbers, (ROWS, size), [0])
 
+    def mma(total, a, b, **more):
+        return gpu.mma(total, a, b, interpret=settings.interpret, **more)
+
     def step(n, carry):
         sums, top, total = carry
         n = n * COMPUTE + x.warpgroup
@@ -176,25 +230,39 @@ def decode(settings: Settings, names, *refs) -> None:
         at = (x.first + n) * settings.tokens
         start = start_of(settings, at)
         plgpu.barrier_wait(x.k_ready.at[slot])
-        logits = settings.logits(x.q_tile, x.k_tile.at[slot])
-        plgpu.barrier_arrive(x.k_used.at[slot])
-        logits = masked(settings, x, logits, at, start)
+        keys, scales = widened(settings, x, "k", slot)
+        logits = (ROWS, settings.tokens)
+        for part, key in enumerate(keys):
+            logits = mma(logits, getattr(x, f"q_tile_{part}"), key, transposed=True)
+        if scales is None:
+            plgpu.barrier_arrive(x.k_used.at[slot])
+        else:
+            logits = logits * scales
+        logits = masked(settings, x, settings.scaled(logits), at, start)
         before, top = top, jnp.maximum(top, jnp.max(logits, axis=1))
         # A row that has seen nothing yet has top = -inf; -inf - -inf would be NaN.
         level = jnp.where(top == -jnp.inf, 0.0, top)
         weights = jnp.exp2(logits - wide(level, settings.tokens))
         shrink = jnp.exp2(before - level)
         total = total * shrink + jnp.sum(weights, axis=1)
-        sums = sums * wide(shrink, settings.size)
+        sums = [part * wide(shrink, settings.width) for part in sums]
         plgpu.barrier_wait(x.v_ready.at[slot])
-        clean(settings, x, x.v_tile.at[slot], start)
-        sums = gpu.mma(sums, weights.astype(settings.dtype), x.v_tile.at[slot], interpret=settings.interpret)
-        plgpu.barrier_arrive(x.v_used.at[slot])
+        taken, scales = widened(settings, x, "v", slot)
+        if scales is None:
+            clean(settings, x, taken[0], start)
+        else:
+            # The scale of what nobody has written may be NaN.
+            weights = jnp.where(weights > 0.0, weights * scales, 0.0)
+        weights = weights.astype(settings.dtype)
+        sums = [mma(part, weights, value) for part, value in zip(sums, taken, strict=True)]
+        if scales is None:
+            plgpu.barrier_arrive(x.v_used.at[slot])
         return sums, top, total
 
     def compute():
         plgpu.barrier_wait(x.q_ready)
-        begin = gpu.zeros((ROWS, settings.size)), gpu.zeros((ROWS,), ALONG) - jnp.inf, gpu.zeros((ROWS,), ALONG)
+        nothing = [gpu.zeros((ROWS, settings.width)) for _ in range(settings.parts)]
+        begin = nothing, gpu.zeros((ROWS,), ALONG) - jnp.inf, gpu.zeros((ROWS,), ALONG)
         mine = lax.div(x.steps - x.warpgroup + (COMPUTE - 1), COMPUTE)
         sums, top, total = lax.fori_loop(0, mine, step, begin)
         empty = total == 0.0
@@ -204,32 +272,39 @@ def decode(settings: Settings, names, *refs) -> None:
         lse[...] = jnp.where(empty, -jnp.inf, jnp.log(share) + top * LOG2)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(lse.at[pl.ds(0, settings.rows)], x.lse.at[x.batch, x.group, part])
-        out = sums / wide(share, settings.size)
         tile = x.out_tile.at[x.warpgroup]
-        for channel in range(0, settings.size, CHUNK):
-            if channel:
+        for n, channel in itertools.product(range(settings.parts), range(0, settings.width, CHUNK)):
+            if n or channel:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            tile[...] = out[:, channel : channel + CHUNK]
+            tile[...] = sums[n][:, channel : channel + CHUNK] / wide(share, CHUNK)
             plgpu.commit_smem()
-            to = x.out.at[x.batch, x.group, part, :, pl.ds(channel, CHUNK)]
+            to = x.out.at[x.batch, x.group, part, :, pl.ds(n * settings.width + channel, CHUNK)]
             plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, settings.rows)], to)
         plgpu.wait_smem_to_gmem(0)
 
-    def copies(at, source, tile, ready):
+    def copies(at, name, slot):
+        tile, ready = getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot]
         for first in range(0, settings.tokens, settings.piece):
-            to = tile if settings.piece == settings.tokens else tile.at[pl.ds(first, settings.piece)]
             if settings.page is None:
-                row, token = x.base, at
+                row, token = x.batch, at
             else:
                 # Behind the last page that a row holds it comes again: each step has as many copies.
                 token = lax.min(at + first, lax.max(x.held - 1, 0))
-                row = x.base + x.table[x.batch, lax.div(token, settings.page)]
+                row = x.table[x.batch, lax.div(token, settings.page)]
                 token = lax.div(lax.rem(token, settings.page), settings.piece) * settings.piece
-            plgpu.copy_gmem_to_smem(source.at[row, pl.ds(token, settings.piece), x.group], to, ready)
+            here, some = pl.ds(token, settings.piece), pl.ds(first, settings.piece)
+            to = tile if settings.piece == settings.tokens else tile.at[some]
+            plgpu.copy_gmem_to_smem(getattr(x, name).at[x.base + row, here, x.group], to, ready)
+            if settings.bits:
+                numbers = getattr(x, f"{name}_numbers").at[slot]
+                to = numbers if settings.piece == settings.tokens else numbers.at[some]
+                plgpu.copy_gmem_to_smem(getattr(x, f"{name}_scales").at[row, x.group, here], to, ready)
 
     def feed():
-        there = x.q_tile if settings.rows == ROWS else x.q_tile.at[pl.ds(0, settings.rows)]
-        plgpu.copy_gmem_to_smem(x.q.at[x.batch, x.group], there, x.q_ready)
+        for part in range(settings.parts):
+            to = getattr(x, f"q_tile_{part}")
+            to = to if settings.rows == ROWS else to.at[pl.ds(0, settings.rows)]
+            plgpu.copy_gmem_to_smem(x.q.at[part, x.batch, x.group], to, x.q_ready)
 
         @pl.loop(0, x.steps)
         def _(n):
@@ -241,7 +316,7 @@ def decode(settings: Settings, names, *refs) -> None:
                 def _(name=name):
                     plgpu.barrier_wait(getattr(x, f"{name}_used").at[slot])
 
-                copies(at, getattr(x, name), getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot])
+                copies(at, name, slot)
 
     @pl.when(x.warpgroup < COMPUTE)
     def _():

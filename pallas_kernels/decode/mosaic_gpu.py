@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from jaxpar.pallas_kernels import gpu, versions
@@ -17,7 +18,9 @@ from jaxpar.pallas_kernels.decode import gpu_kernel
 from jaxpar.pallas_kernels.decode.gpu_kernel import COMPUTE, Settings
 from jaxpar.pallas_kernels.decode.merging import merge
 from jaxpar.pallas_kernels.decode.mosaic_tpu import MOST_QUERIES, kept_name, most_blocks, needed
+from jaxpar.pallas_kernels.formats.elements import Int
 from jaxpar.pallas_kernels.formats.quantised import Quantised
+from jaxpar.pallas_kernels.formats.scales import Float32
 from jaxpar.pallas_kernels.tiles import Row, chip, look_up
 
 SIZES = (64, 128, 256)
@@ -51,12 +54,16 @@ class HopperDecodeTiles:
 
 
 TABLE = (
+    Row(HopperDecodeTiles(stages=6), most=(("bits", 4), ("head_size", 128))),
+    Row(HopperDecodeTiles(stages=2), most=(("bits", 4),)),
+    Row(HopperDecodeTiles(stages=4), most=(("bits", 8), ("head_size", 128))),
+    Row(HopperDecodeTiles(stages=1), most=(("bits", 8),)),
     Row(HopperDecodeTiles(stages=4), most=(("head_size", 64),)),
     Row(HopperDecodeTiles(stages=2), most=(("head_size", 128),)),
     Row(HopperDecodeTiles(stages=1)),
 )
-"""Tiles by head size. That they compile for Hopper GPUs and fit their registers is tested; which are fastest has not been
-measured."""
+"""Tiles by the bits of keys and values, and head size. That they compile for Hopper GPUs and fit their registers is tested;
+which are fastest has not been measured."""
 
 
 def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP=None) -> str | None:
@@ -68,8 +75,11 @@ def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP
         return f"takes head sizes of {', '.join(map(str, SIZES[:-1]))} and {SIZES[-1]}, got {K}"
     if not 1 <= T <= MOST_QUERIES or T * (H // G) > gpu.ROWS:
         return f"takes 1 to {MOST_QUERIES} queries a row, and {gpu.ROWS} that share a key/value head, got {T} and {T * (H // G)}"
-    if isinstance(k, Quantised) or k.dtype != q.dtype:
-        return f"takes keys and values in the queries' dtype, {q.dtype}, got {kept_name(k)}"
+    if isinstance(k, Quantised):
+        if reason := _misfit_codes(q, k, paged=table_BxP is not None):
+            return reason
+    elif k.dtype != q.dtype:
+        return f"takes keys and values in the queries' dtype, {q.dtype}, got {k.dtype}"
     if not B:
         return "needs a row at least, got 0"
     if table_BxP is None and places < 64:
@@ -79,6 +89,21 @@ def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP
     kind = versions.device_kind("cuda")
     if kind is not None and chip(kind) != "hopper":
         return f"is written for Hopper GPUs, and here is a {kind}"
+    return None
+
+
+def _misfit_codes(q, k: Quantised, paged: bool) -> str | None:
+    element, (places, _, K) = k.format.element, k.shape[-3:]
+    if not (isinstance(element, Int) and element.bits in (4, 8) and isinstance(k.format.scale, Float32)):
+        return f"takes keys and values in int8 or int4 with float32 scales, got {k.format.name}"
+    if k.scales.shape[-1] != 1 or k.format.block == "tensor":
+        return f"takes one scale a head of a token, got {k.format.name} with {k.scales.shape[-1]}"
+    if q.dtype != jnp.bfloat16:
+        return f"takes queries in bfloat16 with {k.format.name}, got {q.dtype}"
+    if element.bits == 4 and K < 128:
+        return f"takes int4 from a head size of 128 on, got {K}"
+    if paged and places < 64:
+        return f"takes pages of at least 64 slots with {k.format.name}, got {places}"
     return None
 
 
@@ -96,7 +121,7 @@ def decode_mosaic_gpu(
     slots = places * table_BxP.shape[1] if paged else places
     rows = rows_of(T, H // G)
     if tiles is None:
-        op, sizes = ("decode_attention", "mosaic_gpu"), dict(rows=rows, head_size=K, slots=slots)
+        op, sizes = ("decode_attention", "mosaic_gpu"), sizes_of(q_BxTxHxK, k, slots)
         tiles = look_up(TABLE, versions.device_kind("cuda"), op=op, dtype=kept_name(k), **sizes)
     tokens = tiles.tokens if paged or places >= tiles.tokens else 64
     settings = Settings(
@@ -114,21 +139,22 @@ def decode_mosaic_gpu(
         stages=tiles.stages,
         size=K,
         dtype=q_BxTxHxK.dtype,
+        bits=k.format.element.bits if isinstance(k, Quantised) else None,
         interpret=bool(interpret),
     )
     splits = splits_of(B * G, most_blocks(settings, window), tiles.blocks)
     settings = Settings(**vars(settings) | {"splits": splits})
     first, count = needed(settings, lens_B, window)
     low = jnp.zeros_like(lens_B) if window is None else lens_B - window
-    # A cache is read as it lies: its layers are rows before rows.
-    base = jnp.zeros_like(lens_B) if paged else jnp.arange(B, dtype=jnp.int32)
+    base = jnp.zeros_like(lens_B)
     if layer is not None:
-        base = base + jnp.asarray(layer, jnp.int32) * k.shape[1]
+        base = base + jnp.asarray(layer, jnp.int32) * k.shape[-4]
     arrays = {
         "rows": jnp.stack([first, count, lens_B, low, base], axis=1),
         "table": jnp.clip(table_BxP, 0, k.shape[-4] - 1) if paged else jnp.zeros((1, 1), jnp.int32),
-        "q": _queries(q_BxTxHxK, G, rows),
-        **{name: x.reshape(-1, *x.shape[-3:]) for name, x in (("k", k), ("v", v))},
+        "q": _queries(q_BxTxHxK, G, rows, settings.parts),
+        **_stored("k", k, layer),
+        **_stored("v", v, layer),
     }
     parts = splits * COMPUTE
     shapes = {"out": (B, G, parts, rows, K), "lse": (B, G, parts, rows)}
@@ -143,9 +169,23 @@ def decode_mosaic_gpu(
         name="decode_attention",
     )
     out, lse = merge(*call(*arrays.values()), axis=2)
+    if settings.parts > 1:
+        # The even channels are before the odd ones.
+        out = jnp.swapaxes(out.reshape(*out.shape[:-1], 2, -1), -1, -2).reshape(out.shape)
     apart = lambda x: x[:, :, : T * (H // G)].reshape(B, G, T, H // G, *x.shape[3:])
     out = jnp.swapaxes(apart(out), 1, 2).reshape(B, T, H, K).astype(q_BxTxHxK.dtype)
     return out, jnp.swapaxes(apart(lse), 2, 3).reshape(B, H, T)
+
+
+def sizes_of(q, k, slots: int) -> dict[str, int]:
+    """What tiles are looked up by."""
+    rows = rows_of(q.shape[1], q.shape[2] // k.shape[-2])
+    return {"rows": rows, "head_size": q.shape[3], "slots": slots, "bits": bits_of(k)}
+
+
+def bits_of(k) -> int:
+    """Of a number of the cache."""
+    return k.format.element.bits if isinstance(k, Quantised) else 8 * k.dtype.itemsize
 
 
 def rows_of(queries: int, shared: int) -> int:
@@ -166,8 +206,23 @@ def splits_of(pairs: int, steps: int, blocks: int) -> int:
     return next((n for n in range(1, most + 1) if busy(n) >= 0.9), max(range(1, most + 1), key=busy))
 
 
-def _queries(q_BxTxHxK, G: int, rows: int):
-    """[B, G, rows, K]: those that share a key/value head together, a query's heads side by side."""
+def _queries(q_BxTxHxK, G: int, rows: int, parts: int):
+    """[parts, B, G, rows, K/parts]: those that share a key/value head together, a query's heads side by side; even and odd
+    channels apart where two of them share a byte of the keys."""
     B, T, H, K = q_BxTxHxK.shape
     q = jnp.swapaxes(q_BxTxHxK.reshape(B, T, G, H // G, K), 1, 2).reshape(B, G, -1, K)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, rows - q.shape[2]), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - q.shape[2]), (0, 0)))
+    return jnp.moveaxis(q.reshape(B, G, rows, K // parts, parts), -1, 0)
+
+
+def _stored(name: str, x, layer) -> dict:
+    """Keys or values by the kernel's names: as they lie in memory, [layers · rows or pages, tokens, G, K], and one layer's
+    scales turned to [rows or pages, G, tokens], so that those of a head's tokens are copied as one."""
+    joined = lambda part: part.reshape(-1, *part.shape[-3:])
+    if not isinstance(x, Quantised):
+        return {name: joined(x)}
+    scales = x.scales if layer is None else x.scales[layer]
+    scales = jnp.swapaxes(scales[..., 0], -1, -2)
+    # Rows of whole 16 bytes.
+    scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % 4)))
+    return {name: joined(jax.lax.bitcast_convert_type(x.codes, jnp.int8)), f"{name}_scales": scales}

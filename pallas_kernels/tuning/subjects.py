@@ -208,12 +208,12 @@ def decode_attention(
         raise ValueError(f"decode_attention on {PLATFORMS[implementation]} {reason}")
     call = dict(scale=scale, interpret=interpret)
     if module is decode_tpu:
-        rows, function = decode_tpu.rows_of(queries, heads), decode_tpu.decode_mosaic_tpu
-        candidates = _product(keys=TPU_HELD, splits=TPU_SPLITS)
+        sizes = dict(rows=decode_tpu.rows_of(queries, heads), head_size=head_size, slots=slots)
+        function, candidates = decode_tpu.decode_mosaic_tpu, _product(keys=TPU_HELD, splits=TPU_SPLITS)
     else:
-        rows, function = decode_gpu.rows_of(queries, heads // key_heads), decode_gpu.decode_mosaic_gpu
-        candidates = _product(tokens=GPU_STEPS, stages=GPU_STAGES, blocks=GPU_BLOCKS[1:])
-    sizes = dict(rows=rows, head_size=head_size, slots=slots)
+        sizes = decode_gpu.sizes_of(*arrays[:2], slots)
+        function = decode_gpu.decode_mosaic_gpu
+        candidates = _product(tokens=GPU_STEPS, stages=(*GPU_STAGES, 6), blocks=GPU_BLOCKS[1:])
     table = look_up(module.TABLE, kind, **sizes)
     run = lambda tiles: lambda *arrays: function(*arrays, tiles=tiles, **call)
     parts = (Part("forward", candidates, run, make),)

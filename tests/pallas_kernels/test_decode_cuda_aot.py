@@ -13,13 +13,19 @@ from tests.processes import start
 
 LAYERS, B, SLOTS = 4, 8, 8192
 CASES = {
-    # T, H, G, K, dtype, tokens of a page
-    "one query": (1, 32, 8, 128, "bfloat16", None),
-    "narrow": (1, 32, 8, 64, "float16", None),
-    "wide, many queries": (16, 4, 1, 256, "bfloat16", None),
-    "pages": (3, 32, 8, 128, "bfloat16", 16),
+    # T, H, G, K, dtype of queries, format of the cache, tokens of a page
+    "one query": (1, 32, 8, 128, "bfloat16", None, None),
+    "narrow": (1, 32, 8, 64, "float16", None, None),
+    "wide, many queries": (16, 4, 1, 256, "bfloat16", None, None),
+    "pages": (3, 32, 8, 128, "bfloat16", None, 16),
+    "KV8": (1, 32, 8, 128, "bfloat16", "int8_row", None),
+    "KV4": (1, 32, 8, 128, "bfloat16", "int4_row", None),
+    "wide KV8": (1, 4, 1, 256, "bfloat16", "int8_row", None),
+    "wide KV4 pages": (2, 4, 1, 256, "bfloat16", "int4_row", 64),
 }
 """They take every row of the block table."""
+SPILLS = {64: 0, 128: 0, 256: 128}
+"""Bytes by head size, at most: of codes, with addresses beside 128 registers of sums. Floats spill nothing."""
 
 
 def compiled() -> dict:
@@ -28,16 +34,19 @@ def compiled() -> dict:
     import jax.numpy as jnp
 
     from jaxpar.pallas_kernels.decode import decode_attention
+    from jaxpar.pallas_kernels.formats.quantised import quantise
 
     def program(q, k, v, lens, window, layer, table):
         call = dict(scale=0.1, window=window, cap=20.0, layer=layer, table_BxP=table, lse_out=True)
         return decode_attention(q, k, v, lens, implementation="mosaic_gpu", **call)
 
     found = {}
-    for label, (T, H, G, K, dtype, page) in CASES.items():
+    for label, (T, H, G, K, dtype, form, page) in CASES.items():
         shape = lambda *sizes, kind="int32": jax.ShapeDtypeStruct(sizes, jnp.dtype(kind))
         places = (B, SLOTS) if page is None else (B * SLOTS // page, page)
         cache = shape(LAYERS, *places, G, K, kind=dtype)
+        if form is not None:
+            cache = jax.eval_shape(lambda cache=cache, form=form: quantise(jnp.zeros(cache.shape), form))
         table = None if page is None else shape(B, SLOTS // page)
         given = shape(B, T, H, K, kind=dtype), cache, cache, shape(B), shape(), shape(), table
         made = cuda_target.compiled(program, *given)
@@ -65,24 +74,30 @@ def found(tmp_path_factory):
 @cuda_target.needs_compiler
 def test_every_row_of_the_table_compiles_into_registers_and_no_cache_is_copied(found):
     assert set(found) == set(CASES)
-    for label, (T, H, G, K, dtype, page) in CASES.items():
+    for label, (T, H, G, K, dtype, form, page) in CASES.items():
         made, short = found[label], {"bfloat16": "bf16", "float16": "f16"}[dtype]
+        bits = {None: 16, "int8_row": 8, "int4_row": 4}[form]
         assert made["target"] == "sm_90a"
-        # Logits of 64 rows and tokens, and sums over the head size.
-        assert made["products"] == sorted({f"m64n{columns}k16.f32.{short}.{short}" for columns in (64, K)}), label
-        # Queries, keys and values, page by page, and the result chunk by chunk.
-        assert made["copies"] >= 2 * (1 if page is None else 64 // page) + K // 64
-        # Behind zeroed values, and behind log-sum-exp and each chunk of the result.
-        assert made["fences"] >= 2 + K // 64
-        assert made["spills"] == 0, label
+        # Logits of 64 rows and tokens, and sums over the head size, or over half of it: even and odd channels.
+        columns = {64, K // 2 if bits == 4 else K}
+        assert made["products"] == sorted({f"m64n{n}k16.f32.{short}.{short}" for n in columns}), label
+        # Queries, keys and values (with scales), page by page, and the result chunk by chunk.
+        pieces = 64 // min(page or 64, 64)
+        assert made["copies"] >= 1 + 2 * pieces * (1 if form is None else 2) + K // 64
+        # Behind zeroed values or widened codes, behind log-sum-exp and each chunk of the result.
+        assert made["fences"] >= 2 + K // 64 + (0 if form is None else 3)
+        assert made["spills"] <= (0 if form is None else SPILLS[K]), (label, made)
         assert made["shared"] <= cuda_target.SHARED_BYTES
-        one_layer = B * SLOTS * G * K * 2
-        assert made["temp"] < one_layer / (2 if T * H // G == 64 else 8), (label, made)
+        one_layer = B * SLOTS * G * K * bits // 8
+        assert made["temp"] < one_layer / 2, (label, made)
 
 
 @pytest.mark.quick
 def test_the_cases_take_every_row_of_the_table():
-    taken = {look_up(mosaic_gpu.TABLE, "NVIDIA H200", head_size=K) for _, _, _, K, *_ in CASES.values()}
+    taken = set()
+    for _, _, _, K, _, form, _ in CASES.values():
+        bits = {None: 16, "int8_row": 8, "int4_row": 4}[form]
+        taken.add(look_up(mosaic_gpu.TABLE, "NVIDIA H200", head_size=K, bits=bits))
     assert taken == {row.tiles for row in mosaic_gpu.TABLE}
 
 

@@ -33,7 +33,10 @@ CASES = {
         (2, 5, 400, 4, 2, 128), Tiles(64, 1, blocks=1), (400, 61), jnp.float16, window=90, cap=3.0
     ),
     "pages": Case((2, 2, 256, 4, 2, 64), Tiles(64, 2, blocks=1), (250, 95), jnp.bfloat16, page=16, window=70),
-    "pages of several steps": Case((2, 1, 256, 2, 1, 64), Tiles(64, 1, blocks=1), (300, 130), jnp.float16, page=128),
+    "int8": Case((2, 2, 210, 4, 2, 64), Tiles(64, 1, blocks=1), (210, 75), jnp.bfloat16, "int8_row", window=150),
+    "int4, pages of several steps": Case(
+        (2, 1, 256, 4, 2, 128), Tiles(64, 1, blocks=1), (300, 130), jnp.bfloat16, "int4_row", page=128
+    ),
 }
 CEILINGS = {jnp.bfloat16: 4e-3, jnp.float16: 6e-4, jnp.float32: 1e-6}
 UNITS = {jnp.bfloat16: 2**-8, jnp.float16: 2**-11, jnp.float32: 2**-18}
@@ -47,6 +50,11 @@ def programs(name):
     return call(case, mosaic_gpu.decode_mosaic_gpu, tiles=case.tiles, interpret=careful), call(case, decode_xla)
 
 
+def exact(case, given):
+    """In float64, of what codes and scales say, which `truth` rounds to the case's dtype."""
+    return truth(replace(case, dtype=jnp.float32), given)
+
+
 @interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64_no_worse_than_xla(name):
@@ -56,7 +64,7 @@ def test_against_float64_no_worse_than_xla(name):
     given = arguments(case)
     spoilt = poisoned(case, given)
     found, theirs, clean = kernel(*spoilt), xla(*spoilt), kernel(*given)
-    for label, a, b, c, expected in zip(("out", "lse"), found, theirs, clean, truth(case, given), strict=True):
+    for label, a, b, c, expected in zip(("out", "lse"), found, theirs, clean, exact(case, given), strict=True):
         np.testing.assert_array_equal(a, c)
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         dtype = jnp.float32 if label == "lse" else case.dtype
@@ -93,30 +101,36 @@ def test_lengths_windows_and_tables_are_data():
 MUTANTS = (
     (gpu_kernel, "lambda logits: logits, hide", "lambda logits: logits, lambda logits: logits"),
     (gpu_kernel, "jnp.where(top == -jnp.inf, 0.0, top)", "top"),
-    (gpu_kernel, "sums * wide(shrink, settings.size)", "sums"),
-    (gpu_kernel, "jnp.log(share) + top * LOG2", "jnp.log(share) + top"),
+    (gpu_kernel, "part * wide(shrink, settings.width)", "part"),
     (gpu_kernel, "(column < behind)", "(column <= behind)"),
     (gpu_kernel, " & (column >= at)", ""),
-    (gpu_kernel, "seen & (column >= low)", "seen"),
-    (gpu_kernel, "low + (behind - (x.length - older))", "low"),
-    (gpu_kernel, "jnp.where(token < x.held, values, jnp.zeros_like(values))", "values"),
+    (gpu_kernel, "jnp.where(token < x.held, found, jnp.zeros_like(found))", "found"),
     (gpu_kernel, "x.first = first + x.split * share", "x.first = first"),
     (gpu_kernel, "x.split * COMPUTE + x.warpgroup", "x.split * COMPUTE"),
-    (mosaic_gpu, "* k.shape[1]\n", "* 0\n"),
+    (mosaic_gpu, "* k.shape[-4]\n", "* 0\n"),
 )
 MUTATED = Case((2, 2, 544, 2, 1, 64), Tiles(64, 1, blocks=4), (544, 23), jnp.bfloat16, window=480, scale=0.9)
 """The first row's second query sees nothing of the first step, which the first one sees the last token of."""
+CODE_MUTANTS = (
+    (gpu_kernel, "logits = logits * scales", "logits = logits * 1.0"),
+    (gpu_kernel, "jnp.where(weights > 0.0, weights * scales, 0.0)", "weights * scales"),
+    (gpu_kernel, "jnp.where(weights > 0.0, weights * scales, 0.0)", "jnp.where(weights > 0.0, weights, 0.0)"),
+    (gpu_kernel, "n * settings.width + channel, CHUNK", "channel, CHUNK"),
+    (mosaic_gpu, "x.scales[layer]", "x.scales[0]"),
+)
+CODED = Case((1, 1, 200, 2, 2, 128), Tiles(64, 1, blocks=1), (150,), jnp.bfloat16, "int4_row", scale=0.1)
 
 
 @pytest.fixture(scope="module")
-def problem():
-    given = arguments(MUTATED)
-    return poisoned(MUTATED, given), truth(MUTATED, given)
+def problems():
+    """Of each case its arguments and the truth."""
+    draw = lambda case: (poisoned(case, given := arguments(case)), exact(case, given))
+    return {case: draw(case) for case in (MUTATED, CODED)}
 
 
-def right(calls, problem) -> bool:
-    given, expected = problem
-    found = call(MUTATED, calls.decode_mosaic_gpu, tiles=MUTATED.tiles, interpret=True)(*given)
+def right(calls, problems, case) -> bool:
+    given, expected = problems[case]
+    found = call(case, calls.decode_mosaic_gpu, tiles=case.tiles, interpret=True)(*given)
     try:
         return errors(found[0], expected[0])[0] < 4e-3 and errors(found[1], expected[1])[0] < 1e-6
     except AssertionError:
@@ -125,21 +139,23 @@ def right(calls, problem) -> bool:
 
 
 @interpreted
-def test_the_unbroken_kernel_is_right(problem):
-    assert right(mosaic_gpu, problem)
+@pytest.mark.parametrize("case", [MUTATED, CODED], ids=["floats", "codes"])
+def test_the_unbroken_kernel_is_right(problems, case):
+    assert right(mosaic_gpu, problems, case)
 
 
 @interpreted
-@pytest.mark.parametrize("number", range(len(MUTANTS)))
-def test_mutants_are_killed(problem, number, monkeypatch):
-    module, old, new = MUTANTS[number]
+@pytest.mark.parametrize("number", range(len(MUTANTS) + len(CODE_MUTANTS)))
+def test_mutants_are_killed(problems, number, monkeypatch):
+    module, old, new = (MUTANTS + CODE_MUTANTS)[number]
     source = Path(module.__file__).read_text()
     assert source.count(old) == 1, f"{module.__name__} has {old!r} {source.count(old)} times"
     made = load(module, source.replace(old, new), monkeypatch)
     calls = made if module is mosaic_gpu else load(mosaic_gpu, Path(mosaic_gpu.__file__).read_text(), monkeypatch)
     if module is gpu_kernel:
         calls.gpu_kernel, calls.Settings = made, made.Settings
-    assert not right(calls, problem), f"{old!r} -> {new!r} makes no difference"
+    case = MUTATED if number < len(MUTANTS) else CODED
+    assert not right(calls, problems, case), f"{old!r} -> {new!r} makes no difference"
 
 
 def test_splits_keep_all_processors_busy_and_no_part_is_short():
@@ -159,11 +175,19 @@ def test_who_gets_the_kernel():
         {v.name: v for v in explain(DECODE_ATTENTION, q, k, k, lens, **dict(scale=1.0) | more)}["mosaic_gpu"].reason
     )
     table = shape(2, 3, dtype=jnp.int32)
+    codes = lambda form, size=128, places=(2, 256): jax.eval_shape(
+        lambda: quantise(jnp.zeros((*places, 2, size)), form)
+    )
     assert reason() == "runs on NVIDIA GPUs, and here are CPUs only"
     for found, words in (
         (reason(q=shape(2, 1, 8, 128, dtype=jnp.float32)), "queries in bfloat16 or float16, got float32"),
         (reason(k=shape(2, 256, 2, 128, dtype=jnp.float16)), "in the queries' dtype, bfloat16, got float16"),
-        (reason(k=jax.eval_shape(lambda: quantise(jnp.zeros((2, 256, 2, 128)), "fp8_e4m3_row"))), "got fp8_e4m3_row"),
+        (reason(k=codes("fp8_e4m3_row")), "int8 or int4 with float32 scales, got fp8_e4m3_row"),
+        (reason(k=codes("int4_g32")), "one scale a head of a token, got int4_g32 with 4"),
+        (reason(k=codes("int8_tensor")), "one scale a head of a token, got int8_tensor with 1"),
+        (reason(q=shape(2, 1, 8, 128, dtype=jnp.float16), k=codes("int8_row")), "bfloat16 with int8_row, got float16"),
+        (reason(q=shape(2, 1, 8, 64), k=codes("int4_row", 64)), "int4 from a head size of 128 on, got 64"),
+        (reason(k=codes("int8_row", places=(9, 32)), table_BxP=table), "at least 64 slots with int8_row, got 32"),
         (reason(q=shape(2, 1, 8, 80), k=shape(2, 256, 2, 80)), "head sizes of 64, 128 and 256, got 80"),
         (reason(q=shape(2, 17, 8, 128)), "1 to 16 queries a row, and 64 that share a key/value head, got 17 and 68"),
         (reason(k=shape(2, 63, 2, 128)), "at least 64 slots, got 63"),
@@ -176,6 +200,7 @@ def test_who_gets_the_kernel():
     with jax.sharding.use_abstract_mesh(H200):
         assert reason() == "is chosen on NVIDIA GPUs"
         assert reason(k=shape(9, 16, 2, 128), table_BxP=table) == "is chosen on NVIDIA GPUs"
+        assert reason(k=codes("int4_row")) == "is chosen on NVIDIA GPUs"
         run = jax.jit(lambda *x: decode_attention(*x, scale=1.0))
         text = run.trace(q, k, k, lens).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
