@@ -3,7 +3,7 @@
 By keys, as `gpu_kernels.backward_k`, and what dq needs is there already: five products instead of the seven of two kernels
 (FlashAttention-2, arXiv 2307.08691, algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3). The parts of dq are added to
 global memory by the copy engine, in float32 and in the order in which blocks come to it: the last bits of dq differ from run
-to run. dq lies there as [B, H, T, K], a tile in one piece: rows that are far apart were slower to add to.
+to run.
 
 The gradient of logits goes through shared memory, for dq sums over the keys of both warpgroups; each makes half of dq's columns.
 A step multiplies those of the step before, so that no warpgroup waits for what the other one has only begun.
@@ -54,7 +54,7 @@ def backward_scratch(settings: Settings) -> dict:
 def backward(settings: Settings, names, *refs):
     """dk, dv and parts of dq of a block of keys, over the query heads that share it.
 
-    `dq` is float32 [B, H, T, K], zeros before; with `settings.interpret` [blocks of keys, B, H, T, K], for the interpreter
+    `dq` is float32 [B, T, H, K], zeros before; with `settings.interpret` [blocks of keys, B, T, H, K], for the interpreter
     cannot add: XLA does.
     """
     x = place(settings, names, refs, backwards=False)
@@ -79,9 +79,9 @@ def backward(settings: Settings, names, *refs):
         def _():
             head, queries = query_step(x, settings, n - 1)
             if settings.interpret:
-                plgpu.copy_smem_to_gmem(tile, x.dq.at[x.block, x.batch, head, queries, mine])
+                plgpu.copy_smem_to_gmem(tile, x.dq.at[x.block, x.batch, queries, head, mine])
             else:
-                plgpu.copy_smem_to_gmem(tile, x.dq.at[x.batch, head, queries, mine], reduction_op="add")
+                plgpu.copy_smem_to_gmem(tile, x.dq.at[x.batch, queries, head, mine], reduction_op="add")
 
     def multiply_logits(logits, n, slot):
         plgpu.barrier_wait(x.ready_0.at[slot])

@@ -6,8 +6,8 @@ query of a block sees are neither computed nor fetched (`labels`), wherever caus
 them, and those of which all is seen are not masked.
 
 The backward pass is one kernel (`gpu_fused`), which sums dk and dv in registers and adds to dq in memory: the last bits of dq
-are not the same on every run. With XLA's flag for the same results on every run (`gpu.same_bits`), on JAX before 0.11 and
-with head size 256 it is two: dq over blocks of keys; dk and dv over the query heads that share them and over blocks of
+are not the same on every run. With XLA's flag for the same results on every run (`gpu.same_bits`), on JAX before 0.11, with
+head size 256, and with 128 where query heads share keys, it is two: dq over blocks of keys; dk and dv over the query heads that share them and over blocks of
 queries, each sum in registers and in a fixed order.
 
 Head sizes are padded with zeros to 64, 128 or 256, queries and keys to whole blocks of 128. With 256, dk and dv together do
@@ -45,8 +45,7 @@ class AttentionTiles:
       keys, stages: of the forward pass.
       keys_back, stages_q: of dq.
       queries_back, stages_k: of dk with dv, or of all three in one kernel, whose step is 64 queries.
-      kernels_back: how many kernels the backward pass is. With one, up to head size 128, the last bits of dq are not the same
-        on every run.
+      kernels_back: how many kernels the backward pass may be, 1 or 2 (`Call.may_be_one`).
     """
 
     keys: int
@@ -143,7 +142,7 @@ class HopperPlan:
         arrays = {name: call.whole(x) for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out))}
         arrays |= {"lse": call.numbers(lse), "drop": call.numbers(drop)}
         cut = lambda found, like: found[:, : like.shape[1], :, : like.shape[3]]
-        if self.tiles.kernels_back == 1 and call.size < SIZES[-1] and gpu.MAY_ADD and not gpu.same_bits():
+        if call.may_be_one(self.tiles.kernels_back):
             found = call.at_once(arrays, self.tiles.stages_k, precise)
             return tuple(cut(one, like) for one, like in zip(found, (q, k, v), strict=True))
         shape = lambda name: versions.out_shape(arrays[name].shape, arrays[name].dtype, *arrays.values())
@@ -190,13 +189,19 @@ class Call:
         grid = self.H, self.tokens[0]
         return self._run(kernel, arrays, outs, found, (found.keys, clear), grid, columns, stages, precise)
 
+    def may_be_one(self, kernels_back: int) -> bool:
+        """Whether the backward pass is one kernel. Where query heads share keys two were faster at head size 128, on an H100."""
+        if kernels_back == 2 or self.size == SIZES[-1] or (self.size == SIZES[1] and self.H > self.G):
+            return False
+        return gpu.MAY_ADD and not gpu.same_bits()
+
     def at_once(self, arrays, stages: int, precise: bool):
         """dq, dk and dv by one kernel, for each block of keys; dq in float32, dk and dv too if `precise`."""
         columns = gpu_fused.COLUMNS
         like = tuple(arrays.values())
         kind = jnp.float32 if precise else self.dtype
         outs = {name: versions.out_shape(arrays[x].shape, kind, *like) for name, x in (("dk", "k"), ("dv", "v"))}
-        shape = self.B, self.H, self.tokens[0], self.size
+        shape = arrays["q"].shape
         if self.plan.interpret:
             shape = self.tokens[1] // BLOCK, *shape
         found, clear = self._by_keys(columns)
@@ -212,7 +217,7 @@ class Call:
             precise,
             added={"dq": shape},
         )
-        dq = jnp.swapaxes(jnp.sum(dq, axis=0) if self.plan.interpret else dq, 1, 2) * self.plan.scale
+        dq = (jnp.sum(dq, axis=0) if self.plan.interpret else dq) * self.plan.scale
         return dq.astype(kind), dk, dv
 
     def _by_keys(self, columns: int):
