@@ -282,23 +282,28 @@ def decode(settings: Settings, names, *refs) -> None:
             plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, settings.rows)], to)
         plgpu.wait_smem_to_gmem(0)
 
-    def copies(at, name, slot):
-        tile, ready = getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot]
+    def sources(at):
+        """Where a step's tokens are, in pieces: their first place in the step, their row or page, and the first there."""
+        if settings.page is None:
+            return [(0, x.batch, at)]
+        found = []
         for first in range(0, settings.tokens, settings.piece):
-            if settings.page is None:
-                row, token = x.batch, at
-            else:
-                # Behind the last page that a row holds it comes again: each step has as many copies.
-                token = lax.min(at + first, lax.max(x.held - 1, 0))
-                row = x.table[x.batch, lax.div(token, settings.page)]
-                token = lax.div(lax.rem(token, settings.page), settings.piece) * settings.piece
-            here, some = pl.ds(token, settings.piece), pl.ds(first, settings.piece)
-            to = tile if settings.piece == settings.tokens else tile.at[some]
-            plgpu.copy_gmem_to_smem(getattr(x, name).at[x.base + row, here, x.group], to, ready)
+            # Behind the last page that a row holds it comes again: each step has as many copies.
+            token = lax.min(at + first, lax.max(x.held - 1, 0))
+            page = x.table[x.batch, lax.div(token, settings.page)]
+            inside = lax.div(lax.rem(token, settings.page), settings.piece) * settings.piece
+            found.append((first, page, inside))
+        return found
+
+    def copy(name, slot, pieces):
+        tile, ready = getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot]
+        part = lambda to, first: to if len(pieces) == 1 else to.at[pl.ds(first, settings.piece)]
+        for first, row, token in pieces:
+            here = pl.ds(token, settings.piece)
+            plgpu.copy_gmem_to_smem(getattr(x, name).at[x.base + row, here, x.group], part(tile, first), ready)
             if settings.bits:
-                numbers = getattr(x, f"{name}_numbers").at[slot]
-                to = numbers if settings.piece == settings.tokens else numbers.at[some]
-                plgpu.copy_gmem_to_smem(getattr(x, f"{name}_scales").at[row, x.group, here], to, ready)
+                numbers = part(getattr(x, f"{name}_numbers").at[slot], first)
+                plgpu.copy_gmem_to_smem(getattr(x, f"{name}_scales").at[row, x.group, here], numbers, ready)
 
     def feed():
         for part in range(settings.parts):
@@ -309,14 +314,14 @@ def decode(settings: Settings, names, *refs) -> None:
         @pl.loop(0, x.steps)
         def _(n):
             slot = lax.rem(n, settings.places)
-            at = start_of(settings, (x.first + n) * settings.tokens)
+            pieces = sources(start_of(settings, (x.first + n) * settings.tokens))
             for name in ("k", "v"):
 
                 @pl.when(n >= settings.places)
                 def _(name=name):
                     plgpu.barrier_wait(getattr(x, f"{name}_used").at[slot])
 
-                copies(at, name, slot)
+                copy(name, slot, pieces)
 
     @pl.when(x.warpgroup < COMPUTE)
     def _():

@@ -25,8 +25,8 @@ from jaxpar.pallas_kernels.tiles import Row, chip, look_up
 
 SIZES = (64, 128, 256)
 """Head sizes that tiles have."""
-SMALLEST_PAGE = 8
-"""Slots: whole rows of shared memory's pattern."""
+SMALLEST_PAGE, SMALLEST_PAGE_OF_CODES = 8, 32
+"""Slots: whole rows of shared memory's pattern, and scales of whole 128 bytes."""
 LEAST_STEPS = 4
 """Of a split, where a row is divided."""
 
@@ -102,8 +102,8 @@ def _misfit_codes(q, k: Quantised, paged: bool) -> str | None:
         return f"takes queries in bfloat16 with {k.format.name}, got {q.dtype}"
     if element.bits == 4 and K < 128:
         return f"takes int4 from a head size of 128 on, got {K}"
-    if paged and places < 64:
-        return f"takes pages of at least 64 slots with {k.format.name}, got {places}"
+    if paged and places < SMALLEST_PAGE_OF_CODES:
+        return f"takes pages of at least {SMALLEST_PAGE_OF_CODES} slots with {k.format.name}, got {places}"
     return None
 
 

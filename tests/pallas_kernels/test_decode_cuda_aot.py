@@ -21,7 +21,7 @@ CASES = {
     "KV8": (1, 32, 8, 128, "bfloat16", "int8_row", None),
     "KV4": (1, 32, 8, 128, "bfloat16", "int4_row", None),
     "wide KV8": (1, 4, 1, 256, "bfloat16", "int8_row", None),
-    "wide KV4 pages": (2, 4, 1, 256, "bfloat16", "int4_row", 64),
+    "wide KV4 pages": (2, 4, 1, 256, "bfloat16", "int4_row", 32),
 }
 """They take every row of the block table."""
 SPILLS = {64: 0, 128: 0, 256: 128}

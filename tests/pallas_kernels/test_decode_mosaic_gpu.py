@@ -33,7 +33,9 @@ CASES = {
         (2, 5, 400, 4, 2, 128), Tiles(64, 1, blocks=1), (400, 61), jnp.float16, window=90, cap=3.0
     ),
     "pages": Case((2, 2, 256, 4, 2, 64), Tiles(64, 2, blocks=1), (250, 95), jnp.bfloat16, page=16, window=70),
-    "int8": Case((2, 2, 210, 4, 2, 64), Tiles(64, 1, blocks=1), (210, 75), jnp.bfloat16, "int8_row", window=150),
+    "int8, pages": Case(
+        (2, 2, 224, 4, 2, 64), Tiles(64, 1, blocks=1), (210, 75), jnp.bfloat16, "int8_row", page=32, window=150
+    ),
     "int4, pages of several steps": Case(
         (2, 1, 256, 4, 2, 128), Tiles(64, 1, blocks=1), (300, 130), jnp.bfloat16, "int4_row", page=128
     ),
@@ -187,7 +189,7 @@ def test_who_gets_the_kernel():
         (reason(k=codes("int8_tensor")), "one scale a head of a token, got int8_tensor with 1"),
         (reason(q=shape(2, 1, 8, 128, dtype=jnp.float16), k=codes("int8_row")), "bfloat16 with int8_row, got float16"),
         (reason(q=shape(2, 1, 8, 64), k=codes("int4_row", 64)), "int4 from a head size of 128 on, got 64"),
-        (reason(k=codes("int8_row", places=(9, 32)), table_BxP=table), "at least 64 slots with int8_row, got 32"),
+        (reason(k=codes("int8_row", places=(9, 16)), table_BxP=table), "at least 32 slots with int8_row, got 16"),
         (reason(q=shape(2, 1, 8, 80), k=shape(2, 256, 2, 80)), "head sizes of 64, 128 and 256, got 80"),
         (reason(q=shape(2, 17, 8, 128)), "1 to 16 queries a row, and 64 that share a key/value head, got 17 and 68"),
         (reason(k=shape(2, 63, 2, 128)), "at least 64 slots, got 63"),
