@@ -4,6 +4,7 @@ in one loop."""
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxpar.models import cache as kv
 from jaxpar.models import decoder
@@ -11,6 +12,7 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
 from jaxpar.pallas_kernels import versions
 from jaxpar.pallas_kernels.decode import decode_attention
+from tests.pallas_kernels.test_attention_mosaic_gpu import H200
 
 CFG = ModelConfig(
     vocabulary=16,
@@ -61,3 +63,23 @@ def test_a_program_for_a_tpu_decodes_with_it_and_prefills_a_long_prompt_without(
 
     assert kernels(1) > 0
     assert kernels(1, "xla") == kernels(17) == 0
+
+
+@pytest.mark.quick
+def test_a_program_for_a_hopper_gpu_decodes_with_it_by_itself():
+    """Whatever the cache is kept in, and whichever kernel attention itself was asked to be; where it does not fit, XLA does
+    it."""
+    cfg = CFG.replace(head_size=64, dtype="bfloat16")
+    params = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
+
+    def kernels(slots=128, name=None, form=None):
+        own = cfg.replace(attention_implementation=name)
+        cache = jax.eval_shape(lambda: kv.empty(own, 2, slots, form=form))
+        tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+        run = lambda params, tokens, cache: decoder.advance(own, params, tokens, Context(cache=cache))[0]
+        with jax.sharding.use_abstract_mesh(H200):
+            lowered = jax.jit(run).trace(params, tokens, cache).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("custom_call @mosaic_gpu")
+
+    assert kernels() == kernels(name="mosaic_gpu") == kernels(form="int8_row") > 0
+    assert kernels(name="xla") == kernels(slots=20) == 0
