@@ -1,7 +1,7 @@
 """Kernels beside what else computes the same: every op and implementation, at shapes of real models.
 
 Command:   python -m jaxpar.experiments.bench.kernels            (on a TPU or NVIDIA GPU: all of it; --only picks ops, models
-                                                                  or shapes. Not run on a chip yet)
+                                                                  or shapes. Parts of it were run on an H100)
            python -m jaxpar.experiments.bench.kernels            (on a CPU: smaller shapes, a few minutes)
            python -m jaxpar.experiments.bench.kernels --quick    (on a CPU: tiny shapes and XLA only, below a minute)
 Expected:  a table, and in results/ kernels_<platform>.jsonl (a line about the machine, then a line a case), .md and .png.
@@ -37,6 +37,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -263,9 +264,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if not chosen:
         parser.error(f"--only {' '.join(options.only)}: no case has any of these in it")
     about = describe()
-    about["command"] = " ".join(
-        ["python -m jaxpar.experiments.bench.kernels", *(sys.argv[1:] if argv is None else argv)]
-    )
+    given = sys.argv[1:] if argv is None else argv
+    about["command"] = shlex.join(["python", "-m", "jaxpar.experiments.bench.kernels", *given])
     about |= {"rounds": rounds, "scale": scale, "ceilings": ceilings({case.kind for case in chosen}, scale)}
     options.out.mkdir(parents=True, exist_ok=True)
     path, lines = options.out / f"kernels_{jax.default_backend()}.jsonl", []

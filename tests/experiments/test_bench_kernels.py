@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpar.experiments.bench import kernel_cases, kernel_rivals, kernels
+from jaxpar.experiments.bench import attention_backward, kernel_cases, kernel_rivals, kernels
 from jaxpar.pallas_kernels.attention import MaskSpec, attention
 
 
@@ -96,3 +96,14 @@ def test_pytorch_is_the_same_attention():
     arrays = case.make(jax.random.key(0))
     sampler = kernel_rivals.TorchSampler(case.contenders["torch SDPA"].build(arrays), shortest=1e-3)
     assert kernels.error_of(case, arrays, sampler.output()) < 1e-6
+
+
+def test_the_backward_pass_is_measured_on_hopper_gpus_only(capsys):
+    with pytest.raises(SystemExit):
+        attention_backward.main([])
+    assert "needs a Hopper GPU and JAX 0.11 or newer, and here are a cpu and JAX" in capsys.readouterr().err
+
+
+def test_what_has_not_been_measured_has_an_empty_cell():
+    text = attention_backward.table({"a shape": {"forward": 0.5, "difference": 8e-5}})
+    assert text.splitlines()[-1] == "| a shape | 0.500 | - | - | - | - | 8e-05 |"
