@@ -1,10 +1,12 @@
 """Duo-LLM: loss against the budget of big modules, for oracles, learned routers, fixed and random routes, and the null control.
 
-Command:   python -m jaxpar.experiments.adaptive.duo                        (5 layers, width 64, 600 steps, 3 seeds)
+Command:   python -m jaxpar.experiments.adaptive.duo                        (5 layers, width 64, 600 steps, 2 seeds; 12 minutes)
            python -m jaxpar.experiments.adaptive.duo --seeds 1 --steps 150  (a few minutes)
            python -m jaxpar.experiments.adaptive.duo --width 512 --layers 8 --steps 5000 --length 256    (on a GPU)
-Expected:  results/duo.json, .md and .png. Not measured at these sizes yet. Oracles are below every fixed route by construction; the
-           paper finds them far below, and routers near the best fixed route.
+Expected:  results/duo.json, .md and .png. Oracles are below every fixed route by construction; the paper finds them far below, and
+           routers near the best fixed route. At this size routers end at the best fixed route, and an oracle gains no more on
+           its routes' mean (0.207 to 0.248 nats a byte at 1 to 3 of 5) than the null control on its copies' (0.197 to 0.259):
+           what it gains is selection.
 
 A Llama with a small (1/16) and a big feed-forward module in every layer is trained with a choice by chance for each token in each
 layer (Alizadeh et al. 2024, stage 1). Then, on held-out text, for every budget of b big modules among the L layers:
@@ -235,7 +237,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--router-steps", type=int, default=150)
     parser.add_argument("--router-rate", type=float, default=1e-2)
     parser.add_argument("--strength", type=float, default=10.0, help="of the routers' budget in their loss")
