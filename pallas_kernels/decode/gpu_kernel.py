@@ -8,8 +8,9 @@ time for them is below that of the copies. What the rows behind the queries hold
 product is one of the queries alone.
 
 Codes in 8 and 4 bits are widened from shared memory to shared memory, for each warpgroup on its own, and multiplied as they
-are, which is exact; a token's scales are behind the product with its keys and on the weight of its values. A byte has two
-neighbouring channels in 4 bits: even and odd channels are multiplied apart.
+are, which is exact, where a head of a token has one scale: it is behind the product with the keys and on the weight of the
+values. Where it has several, codes are multiplied by them before and rounded. A byte has two neighbouring channels in 4
+bits: even and odd channels are multiplied apart.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ CHUNK = 64
 REGISTERS, FEEDER_REGISTERS = 240, 24
 """Of a thread that computes, and of one that feeds: 64512 in a block, and a multiprocessor has 65536."""
 LOG2 = math.log(2)
+WIDE = plgpu.Layout.WGMMA_UPCAST_4X
 ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """How numbers of rows, and of columns, lie over the threads that hold a product."""
 WIDENED = 64
-"""Channels that are widened at once."""
+"""Bytes of a token's codes that are widened at once; half of them, where they are multiplied by scales."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Settings:
       size: head size.
       dtype: of queries, and of keys and values where they are no codes.
       bits: of a code, 4 or 8; None: keys and values are floats.
+      blocks: scales of a head of a token.
     """
 
     scale: float
@@ -76,6 +79,7 @@ class Settings:
     size: int
     dtype: Any
     bits: int | None = None
+    blocks: int = 1
     interpret: bool = False
 
     @property
@@ -107,8 +111,8 @@ def scratch(settings: Settings) -> dict:
     """Shared memory and barriers by name."""
     places, tokens, width = settings.places, settings.tokens, settings.width
     tile = plgpu.SMEM((places, tokens, width), jnp.int8 if settings.bits else settings.dtype)
-    numbers = plgpu.SMEM((places, tokens), jnp.float32)
-    copies = tokens // settings.piece * (2 if settings.bits else 1)
+    numbers = plgpu.SMEM((places, settings.blocks, tokens), jnp.float32)
+    copies = tokens // settings.piece * (1 + settings.blocks if settings.bits else 1)
     ready = plgpu.Barrier(num_arrivals=copies, num_barriers=places)
     used = plgpu.Barrier(num_arrivals=1, num_barriers=places)
     codes = {
@@ -191,27 +195,50 @@ def clean(settings: Settings, x, tile, start) -> None:
         plgpu.commit_smem()
 
 
-def widened(settings: Settings, x, name: str, slot):
+def widened(settings: Settings, x, name: str, slot, start):
     """A step's keys or values as the matrix unit takes them, for each part of the channels; and a float32 scale a token,
     [rows, tokens], or None. Codes' place is given back."""
-    tile = getattr(x, f"{name}_tile").at[slot]
+    tile = getattr(x, f"{name}_tile")
     if settings.bits is None:
-        return [tile], None
+        return [tile.at[slot]], None
+    numbers = getattr(x, f"{name}_numbers")
     # Every warp has had its product with what stood there.
     plgpu.commit_smem()
-    step = min(settings.width, WIDENED)
+    step = WIDENED if settings.blocks == 1 else WIDENED // 2
     for token in range(0, settings.tokens, ROWS):
         for channel in range(0, settings.width, step):
             here = pl.ds(token, ROWS), pl.ds(channel, step)
-            codes = gpu.load(tile.at[*here], plgpu.Layout.WGMMA_UPCAST_4X)
-            for n, part in enumerate(values(settings, [codes])):
-                getattr(x, f"wide_{n}").at[x.warpgroup, *here][...] = part
-    numbers = gpu.load(getattr(x, f"{name}_numbers").at[slot], ACROSS)
+            found = values(settings, [gpu.load(tile.at[slot, *here], WIDE)])
+            if settings.blocks > 1:
+                scales = spread(settings, numbers, slot, token, channel, step)
+                found = [part.astype(jnp.float32) * scales for part in found]
+            if settings.blocks > 1 and name == "v":
+                # As in `clean`, of scales.
+                row = start + token + lax.broadcasted_iota(jnp.int32, (ROWS, step), 0)
+                found = [jnp.where(row < x.held, part, 0.0) for part in found]
+            for n, part in enumerate(found):
+                getattr(x, f"wide_{n}").at[x.warpgroup, *here][...] = part.astype(settings.dtype)
+    scales = None
+    if settings.blocks == 1:
+        scales = lax.broadcast_in_dim(gpu.load(numbers.at[slot, 0], ACROSS), (ROWS, settings.tokens), [1])
     # Read and written as neither copies nor the matrix unit do; both come next.
     plgpu.commit_smem()
     plgpu.barrier_arrive(getattr(x, f"{name}_used").at[slot])
-    wide = [getattr(x, f"wide_{n}").at[x.warpgroup] for n in range(settings.parts)]
-    return wide, lax.broadcast_in_dim(numbers, (ROWS, settings.tokens), [1])
+    return [getattr(x, f"wide_{n}").at[x.warpgroup] for n in range(settings.parts)], scales
+
+
+def spread(settings: Settings, numbers, slot, token: int, channel: int, step: int):
+    """The scales of `step` bytes of `ROWS` tokens, one for each byte."""
+    bytes_of_block = settings.width // settings.blocks
+    found = None
+    for block in range(channel // bytes_of_block, -(-(channel + step) // bytes_of_block)):
+        along = gpu.load(numbers.at[slot, block, pl.ds(token, ROWS)], WIDE.reduce(1))
+        scales = lax.broadcast_in_dim(along, (ROWS, step), [0])
+        if found is not None:
+            column = channel + lax.broadcasted_iota(jnp.int32, (ROWS, step), 1)
+            scales = jnp.where(column >= block * bytes_of_block, scales, found)
+        found = scales
+    return found
 
 
 def decode(settings: Settings, names, *refs) -> None:
@@ -230,13 +257,13 @@ def decode(settings: Settings, names, *refs) -> None:
         at = (x.first + n) * settings.tokens
         start = start_of(settings, at)
         plgpu.barrier_wait(x.k_ready.at[slot])
-        keys, scales = widened(settings, x, "k", slot)
+        keys, scales = widened(settings, x, "k", slot, start)
         logits = (ROWS, settings.tokens)
         for part, key in enumerate(keys):
             logits = mma(logits, getattr(x, f"q_tile_{part}"), key, transposed=True)
-        if scales is None:
+        if settings.bits is None:
             plgpu.barrier_arrive(x.k_used.at[slot])
-        else:
+        if scales is not None:
             logits = logits * scales
         logits = masked(settings, x, settings.scaled(logits), at, start)
         before, top = top, jnp.maximum(top, jnp.max(logits, axis=1))
@@ -247,15 +274,15 @@ def decode(settings: Settings, names, *refs) -> None:
         total = total * shrink + jnp.sum(weights, axis=1)
         sums = [part * wide(shrink, settings.width) for part in sums]
         plgpu.barrier_wait(x.v_ready.at[slot])
-        taken, scales = widened(settings, x, "v", slot)
-        if scales is None:
+        taken, scales = widened(settings, x, "v", slot, start)
+        if settings.bits is None:
             clean(settings, x, taken[0], start)
-        else:
+        if scales is not None:
             # The scale of what nobody has written may be NaN.
             weights = jnp.where(weights > 0.0, weights * scales, 0.0)
         weights = weights.astype(settings.dtype)
         sums = [mma(part, weights, value) for part, value in zip(sums, taken, strict=True)]
-        if scales is None:
+        if settings.bits is None:
             plgpu.barrier_arrive(x.v_used.at[slot])
         return sums, top, total
 
@@ -298,12 +325,13 @@ def decode(settings: Settings, names, *refs) -> None:
     def copy(name, slot, pieces):
         tile, ready = getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot]
         part = lambda to, first: to if len(pieces) == 1 else to.at[pl.ds(first, settings.piece)]
+        codes = range(settings.blocks if settings.bits else 0)
         for first, row, token in pieces:
             here = pl.ds(token, settings.piece)
             plgpu.copy_gmem_to_smem(getattr(x, name).at[x.base + row, here, x.group], part(tile, first), ready)
-            if settings.bits:
-                numbers = part(getattr(x, f"{name}_numbers").at[slot], first)
-                plgpu.copy_gmem_to_smem(getattr(x, f"{name}_scales").at[row, x.group, here], numbers, ready)
+            for block in codes:
+                numbers = part(getattr(x, f"{name}_numbers").at[slot, block], first)
+                plgpu.copy_gmem_to_smem(getattr(x, f"{name}_scales").at[row, x.group, block, here], numbers, ready)
 
     def feed():
         for part in range(settings.parts):

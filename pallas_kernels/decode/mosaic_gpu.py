@@ -27,6 +27,8 @@ SIZES = (64, 128, 256)
 """Head sizes that tiles have."""
 SMALLEST_PAGE, SMALLEST_PAGE_OF_CODES = 8, 32
 """Slots: whole rows of shared memory's pattern, and scales of whole 128 bytes."""
+MOST_SCALES, LEAST_BYTES = 8, 16
+"""Of a head of a token, and of the codes that share one."""
 LEAST_STEPS = 4
 """Of a split, where a row is divided."""
 
@@ -56,7 +58,7 @@ class HopperDecodeTiles:
 TABLE = (
     Row(HopperDecodeTiles(stages=6), most=(("bits", 4), ("head_size", 128))),
     Row(HopperDecodeTiles(stages=2), most=(("bits", 4),)),
-    Row(HopperDecodeTiles(stages=4), most=(("bits", 8), ("head_size", 128))),
+    Row(HopperDecodeTiles(stages=3), most=(("bits", 8), ("head_size", 128))),
     Row(HopperDecodeTiles(stages=1), most=(("bits", 8),)),
     Row(HopperDecodeTiles(stages=4), most=(("head_size", 64),)),
     Row(HopperDecodeTiles(stages=2), most=(("head_size", 128),)),
@@ -96,8 +98,11 @@ def _misfit_codes(q, k: Quantised, paged: bool) -> str | None:
     element, (places, _, K) = k.format.element, k.shape[-3:]
     if not (isinstance(element, Int) and element.bits in (4, 8) and isinstance(k.format.scale, Float32)):
         return f"takes keys and values in int8 or int4 with float32 scales, got {k.format.name}"
-    if k.scales.shape[-1] != 1 or k.format.block == "tensor":
-        return f"takes one scale a head of a token, got {k.format.name} with {k.scales.shape[-1]}"
+    if k.format.block == "tensor":
+        return f"takes one scale a head of a token or a block of it, got {k.format.name}"
+    blocks = k.scales.shape[-1]
+    if blocks > MOST_SCALES or (blocks > 1 and element.bits * K // blocks < 8 * LEAST_BYTES):
+        return f"takes blocks of {LEAST_BYTES} bytes of codes, {MOST_SCALES} a head at most, got {blocks} of {k.format.name}"
     if q.dtype != jnp.bfloat16:
         return f"takes queries in bfloat16 with {k.format.name}, got {q.dtype}"
     if element.bits == 4 and K < 128:
@@ -139,7 +144,8 @@ def decode_mosaic_gpu(
         stages=tiles.stages,
         size=K,
         dtype=q_BxTxHxK.dtype,
-        bits=k.format.element.bits if isinstance(k, Quantised) else None,
+        bits=bits_of(k) if isinstance(k, Quantised) else None,
+        blocks=k.scales.shape[-1] if isinstance(k, Quantised) else 1,
         interpret=bool(interpret),
     )
     splits = splits_of(B * G, most_blocks(settings, window), tiles.blocks)
@@ -217,12 +223,12 @@ def _queries(q_BxTxHxK, G: int, rows: int, parts: int):
 
 def _stored(name: str, x, layer) -> dict:
     """Keys or values by the kernel's names: as they lie in memory, [layers · rows or pages, tokens, G, K], and one layer's
-    scales turned to [rows or pages, G, tokens], so that those of a head's tokens are copied as one."""
+    scales turned to [rows or pages, G, blocks, tokens], so that those of a head's tokens are copied as one."""
     joined = lambda part: part.reshape(-1, *part.shape[-3:])
     if not isinstance(x, Quantised):
         return {name: joined(x)}
     scales = x.scales if layer is None else x.scales[layer]
-    scales = jnp.swapaxes(scales[..., 0], -1, -2)
+    scales = jnp.moveaxis(scales, 1, -1)
     # Rows of whole 16 bytes.
-    scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[-1] % 4)))
+    scales = jnp.pad(scales, (*((0, 0),) * 3, (0, -scales.shape[-1] % 4)))
     return {name: joined(jax.lax.bitcast_convert_type(x.codes, jnp.int8)), f"{name}_scales": scales}

@@ -20,11 +20,13 @@ CASES = {
     "pages": (3, 32, 8, 128, "bfloat16", None, 16),
     "KV8": (1, 32, 8, 128, "bfloat16", "int8_row", None),
     "KV4": (1, 32, 8, 128, "bfloat16", "int4_row", None),
+    "KV4 blocks": (1, 32, 8, 128, "bfloat16", "int4_g32", None),
     "wide KV8": (1, 4, 1, 256, "bfloat16", "int8_row", None),
-    "wide KV4 pages": (2, 4, 1, 256, "bfloat16", "int4_row", 32),
+    "wide KV4 pages": (2, 4, 1, 256, "bfloat16", "int4_g32", 32),
 }
 """They take every row of the block table."""
-SPILLS = {64: 0, 128: 0, 256: 128}
+BITS = {None: 16, "int8_row": 8, "int4_row": 4, "int4_g32": 4}
+SPILLS = {64: 0, 128: 0, 256: 192}
 """Bytes by head size, at most: of codes, with addresses beside 128 registers of sums. Floats spill nothing."""
 
 
@@ -76,7 +78,7 @@ def test_every_row_of_the_table_compiles_into_registers_and_no_cache_is_copied(f
     assert set(found) == set(CASES)
     for label, (_, _, G, K, dtype, form, page) in CASES.items():
         made, short = found[label], {"bfloat16": "bf16", "float16": "f16"}[dtype]
-        bits = {None: 16, "int8_row": 8, "int4_row": 4}[form]
+        bits = BITS[form]
         assert made["target"] == "sm_90a"
         # Logits of 64 rows and tokens, and sums over the head size, or over half of it: even and odd channels.
         columns = {64, K // 2 if bits == 4 else K}
@@ -88,15 +90,16 @@ def test_every_row_of_the_table_compiles_into_registers_and_no_cache_is_copied(f
         assert made["fences"] >= 2 + K // 64 + (0 if form is None else 3)
         assert made["spills"] <= (0 if form is None else SPILLS[K]), (label, made)
         assert made["shared"] <= cuda_target.SHARED_BYTES
+        # Scales are turned, which are half of the bytes that blocks of 32 have as codes.
         one_layer = B * SLOTS * G * K * bits // 8
-        assert made["temp"] < one_layer / 2, (label, made)
+        assert made["temp"] < one_layer * (0.8 if form == "int4_g32" else 0.5), (label, made)
 
 
 @pytest.mark.quick
 def test_the_cases_take_every_row_of_the_table():
     taken = set()
     for _, _, _, K, _, form, _ in CASES.values():
-        bits = {None: 16, "int8_row": 8, "int4_row": 4}[form]
+        bits = BITS[form]
         taken.add(look_up(mosaic_gpu.TABLE, "NVIDIA H200", head_size=K, bits=bits))
     assert taken == {row.tiles for row in mosaic_gpu.TABLE}
 

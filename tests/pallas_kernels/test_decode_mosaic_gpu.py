@@ -36,11 +36,13 @@ CASES = {
     "int8, pages": Case(
         (2, 2, 224, 4, 2, 64), Tiles(64, 1, blocks=1), (210, 75), jnp.bfloat16, "int8_row", page=32, window=150
     ),
+    # What XLA rounds, too: codes with their scales.
+    "int4 blocks": Case((1, 1, 210, 2, 1, 128), Tiles(64, 1, blocks=1), (140,), jnp.bfloat16, "int4_g32"),
     "int4, pages of several steps": Case(
         (2, 1, 256, 4, 2, 128), Tiles(64, 1, blocks=1), (300, 130), jnp.bfloat16, "int4_row", page=128
     ),
 }
-CEILINGS = {jnp.bfloat16: 4e-3, jnp.float16: 6e-4, jnp.float32: 1e-6}
+CEILINGS = {jnp.bfloat16: 5e-3, jnp.float16: 6e-4, jnp.float32: 1e-6}
 UNITS = {jnp.bfloat16: 2**-8, jnp.float16: 2**-11, jnp.float32: 2**-18}
 """A difference that is rounding, where XLA has less by luck."""
 
@@ -73,7 +75,8 @@ def test_against_float64_no_worse_than_xla(name):
         ours, xlas = errors(a, expected), errors(b, expected)
         for kept, x, y, times in zip(("norm", "row", "bias"), ours, xlas, (1, 3, 1), strict=True):
             assert x <= times * max(1.5 * y, UNITS[dtype]), (label, kept, x, y)
-        assert ours[0] <= CEILINGS[dtype], (label, ours)
+        rounded = case.form == "int4_g32" and label == "lse"
+        assert ours[0] <= (1e-3 if rounded else CEILINGS[dtype]), (label, ours)
         # Nothing passes by being small.
         assert np.sqrt(np.mean(expected[np.isfinite(expected)] ** 2)) > 0.01, label
 
@@ -101,25 +104,26 @@ def test_lengths_windows_and_tables_are_data():
 
 
 MUTANTS = (
-    (gpu_kernel, "lambda logits: logits, hide", "lambda logits: logits, lambda logits: logits"),
     (gpu_kernel, "jnp.where(top == -jnp.inf, 0.0, top)", "top"),
-    (gpu_kernel, "part * wide(shrink, settings.width)", "part"),
     (gpu_kernel, "(column < behind)", "(column <= behind)"),
     (gpu_kernel, " & (column >= at)", ""),
     (gpu_kernel, "jnp.where(token < x.held, found, jnp.zeros_like(found))", "found"),
     (gpu_kernel, "x.first = first + x.split * share", "x.first = first"),
-    (gpu_kernel, "x.split * COMPUTE + x.warpgroup", "x.split * COMPUTE"),
     (mosaic_gpu, "* k.shape[-4]\n", "* 0\n"),
 )
 MUTATED = Case((2, 2, 544, 2, 1, 64), Tiles(64, 1, blocks=4), (544, 23), jnp.bfloat16, window=480, scale=0.9)
 """The first row's second query sees nothing of the first step, which the first one sees the last token of."""
 CODE_MUTANTS = (
-    (gpu_kernel, "logits = logits * scales", "logits = logits * 1.0"),
     (gpu_kernel, "jnp.where(weights > 0.0, weights * scales, 0.0)", "weights * scales"),
     (gpu_kernel, "jnp.where(weights > 0.0, weights * scales, 0.0)", "jnp.where(weights > 0.0, weights, 0.0)"),
     (gpu_kernel, "n * settings.width + channel, CHUNK", "channel, CHUNK"),
     (mosaic_gpu, "x.scales[layer]", "x.scales[0]"),
 )
+BLOCK_MUTANTS = (
+    (gpu_kernel, "jnp.where(row < x.held, part, 0.0)", "part"),
+    (gpu_kernel, "column >= block * bytes_of_block", "column > block * bytes_of_block"),
+)
+BLOCKS = Case((1, 1, 200, 1, 1, 128), Tiles(64, 1, blocks=1), (150,), jnp.bfloat16, "int4_g32", scale=0.1)
 CODED = Case((1, 1, 200, 2, 2, 128), Tiles(64, 1, blocks=1), (150,), jnp.bfloat16, "int4_row", scale=0.1)
 
 
@@ -127,37 +131,38 @@ CODED = Case((1, 1, 200, 2, 2, 128), Tiles(64, 1, blocks=1), (150,), jnp.bfloat1
 def problems():
     """Of each case its arguments and the truth."""
     draw = lambda case: (poisoned(case, given := arguments(case)), exact(case, given))
-    return {case: draw(case) for case in (MUTATED, CODED)}
+    return {case: draw(case) for case in (MUTATED, CODED, BLOCKS)}
 
 
 def right(calls, problems, case) -> bool:
+    most = 1e-3 if case is BLOCKS else 1e-6
     given, expected = problems[case]
     found = call(case, calls.decode_mosaic_gpu, tiles=case.tiles, interpret=True)(*given)
     try:
-        return errors(found[0], expected[0])[0] < 4e-3 and errors(found[1], expected[1])[0] < 1e-6
+        return errors(found[0], expected[0])[0] < 4e-3 and errors(found[1], expected[1])[0] < most
     except AssertionError:
         # Not finite where the truth is.
         return False
 
 
 @interpreted
-@pytest.mark.parametrize("case", [MUTATED, CODED], ids=["floats", "codes"])
+@pytest.mark.parametrize("case", [MUTATED, CODED, BLOCKS], ids=["floats", "codes", "blocks"])
 def test_the_unbroken_kernel_is_right(problems, case):
     assert right(mosaic_gpu, problems, case)
 
 
 @interpreted
-@pytest.mark.parametrize("number", range(len(MUTANTS) + len(CODE_MUTANTS)))
+@pytest.mark.parametrize("number", range(len(MUTANTS + CODE_MUTANTS + BLOCK_MUTANTS)))
 def test_mutants_are_killed(problems, number, monkeypatch):
-    module, old, new = (MUTANTS + CODE_MUTANTS)[number]
+    module, old, new = (MUTANTS + CODE_MUTANTS + BLOCK_MUTANTS)[number]
     source = Path(module.__file__).read_text()
     assert source.count(old) == 1, f"{module.__name__} has {old!r} {source.count(old)} times"
     made = load(module, source.replace(old, new), monkeypatch)
     calls = made if module is mosaic_gpu else load(mosaic_gpu, Path(mosaic_gpu.__file__).read_text(), monkeypatch)
     if module is gpu_kernel:
         calls.gpu_kernel, calls.Settings = made, made.Settings
-    case = MUTATED if number < len(MUTANTS) else CODED
-    assert not right(calls, problems, case), f"{old!r} -> {new!r} makes no difference"
+    case = [MUTATED] * len(MUTANTS) + [CODED] * len(CODE_MUTANTS) + [BLOCKS] * len(BLOCK_MUTANTS)
+    assert not right(calls, problems, case[number]), f"{old!r} -> {new!r} makes no difference"
 
 
 def test_splits_keep_all_processors_busy_and_no_part_is_short():
@@ -185,8 +190,8 @@ def test_who_gets_the_kernel():
         (reason(q=shape(2, 1, 8, 128, dtype=jnp.float32)), "queries in bfloat16 or float16, got float32"),
         (reason(k=shape(2, 256, 2, 128, dtype=jnp.float16)), "in the queries' dtype, bfloat16, got float16"),
         (reason(k=codes("fp8_e4m3_row")), "int8 or int4 with float32 scales, got fp8_e4m3_row"),
-        (reason(k=codes("int4_g32")), "one scale a head of a token, got int4_g32 with 4"),
-        (reason(k=codes("int8_tensor")), "one scale a head of a token, got int8_tensor with 1"),
+        (reason(k=codes("int4_g16")), "blocks of 16 bytes of codes, 8 a head at most, got 8 of int4_g16"),
+        (reason(k=codes("int8_tensor")), "one scale a head of a token or a block of it, got int8_tensor"),
         (reason(q=shape(2, 1, 8, 128, dtype=jnp.float16), k=codes("int8_row")), "bfloat16 with int8_row, got float16"),
         (reason(q=shape(2, 1, 8, 64), k=codes("int4_row", 64)), "int4 from a head size of 128 on, got 64"),
         (reason(k=codes("int8_row", places=(9, 16)), table_BxP=table), "at least 32 slots with int8_row, got 16"),
@@ -202,7 +207,7 @@ def test_who_gets_the_kernel():
     with jax.sharding.use_abstract_mesh(H200):
         assert reason() == "is chosen on NVIDIA GPUs"
         assert reason(k=shape(9, 16, 2, 128), table_BxP=table) == "is chosen on NVIDIA GPUs"
-        assert reason(k=codes("int4_row")) == "is chosen on NVIDIA GPUs"
+        assert reason(k=codes("int4_row")) == reason(k=codes("int4_g32")) == "is chosen on NVIDIA GPUs"
         run = jax.jit(lambda *x: decode_attention(*x, scale=1.0))
         text = run.trace(q, k, k, lens).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
