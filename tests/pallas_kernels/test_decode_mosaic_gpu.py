@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec
 
 from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.decode import DECODE_ATTENTION, decode_attention, gpu_kernel, mosaic_gpu
@@ -18,7 +19,7 @@ from jaxpar.pallas_kernels.dispatch import explain
 from jaxpar.pallas_kernels.formats.quantised import quantise
 from tests.pallas_kernels.attention_cases import errors
 from tests.pallas_kernels.decode_cases import Case, arguments, call, poisoned, truth
-from tests.pallas_kernels.test_attention_mosaic_gpu import B200, H200
+from tests.pallas_kernels.test_attention_mosaic_gpu import B200, H200, TWO
 from tests.pallas_kernels.test_attention_mutants import load
 
 pytestmark = pytest.mark.quick
@@ -226,3 +227,16 @@ def test_the_public_function_runs_it_with_sinks_and_tiles_of_the_table():
     )
     for a, b in zip(*jax.jit(lambda: (run("mosaic_gpu", interpret=True), run("xla")))(), strict=True):
         assert errors(a, np.asarray(b, np.float64))[0] < CEILINGS[jnp.bfloat16]
+
+
+def test_it_lowers_for_a_gpu_inside_a_shard_map():
+    """Where JAX keeps account of what differs between devices: rows are spread."""
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    cache = jax.eval_shape(lambda: quantise(jnp.zeros((3, 4, 128, 2, 128)), "int8_row"))
+    run = lambda q, k, v, lens, layer: decode_attention(q, k, v, lens, scale=1.0, layer=layer)
+    rows, kept, whole = PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()
+    with jax.sharding.use_abstract_mesh(TWO):
+        split = jax.jit(jax.shard_map(run, mesh=TWO, in_specs=(rows, kept, kept, rows, whole), out_specs=rows))
+        given = shape(4, 1, 8, 128), cache, cache, shape(4, dtype=jnp.int32), shape(dtype=jnp.int32)
+        text = split.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
