@@ -62,6 +62,8 @@ class Settings:
       dtype: of queries, and of keys and values where they are no codes.
       bits: of a code, 4 or 8; None: keys and values are floats.
       blocks: scales of a head of a token.
+      heads: key/value heads whose scales are copied together as they lie in memory, [tokens, heads], of which the block's own
+        is picked out; 0: scales of a head's tokens lie side by side.
     """
 
     scale: float
@@ -80,6 +82,7 @@ class Settings:
     dtype: Any
     bits: int | None = None
     blocks: int = 1
+    heads: int = 0
     interpret: bool = False
 
     @property
@@ -111,7 +114,8 @@ def scratch(settings: Settings) -> dict:
     """Shared memory and barriers by name."""
     places, tokens, width = settings.places, settings.tokens, settings.width
     tile = plgpu.SMEM((places, tokens, width), jnp.int8 if settings.bits else settings.dtype)
-    numbers = plgpu.SMEM((places, settings.blocks, tokens), jnp.float32)
+    each = (tokens, settings.heads) if settings.heads else (settings.blocks, tokens)
+    numbers = plgpu.SMEM((places, *each), jnp.float32)
     copies = tokens // settings.piece * (1 + settings.blocks if settings.bits else 1)
     ready = plgpu.Barrier(num_arrivals=copies, num_barriers=places)
     used = plgpu.Barrier(num_arrivals=1, num_barriers=places)
@@ -120,6 +124,8 @@ def scratch(settings: Settings) -> dict:
         "v_numbers": numbers,
         **{f"wide_{n}": plgpu.SMEM((COMPUTE, tokens, width), settings.dtype) for n in range(settings.parts)},
     }
+    if settings.heads:
+        codes["picked"] = plgpu.SMEM((COMPUTE, tokens), jnp.float32)
     return {
         # Each part has a name: a matrix instruction's operand that is found by a number known in advance does not lower.
         **{f"q_tile_{n}": plgpu.SMEM((ROWS, width), settings.dtype) for n in range(settings.parts)},
@@ -219,12 +225,26 @@ def widened(settings: Settings, x, name: str, slot, start):
             for n, part in enumerate(found):
                 getattr(x, f"wide_{n}").at[x.warpgroup, *here][...] = part.astype(settings.dtype)
     scales = None
-    if settings.blocks == 1:
-        scales = lax.broadcast_in_dim(gpu.load(numbers.at[slot, 0], ACROSS), (ROWS, settings.tokens), [1])
+    if settings.heads:
+        pick(settings, x, numbers, slot)
+    elif settings.blocks == 1:
+        scales = gpu.load(numbers.at[slot, 0], ACROSS)
     # Read and written as neither copies nor the matrix unit do; both come next.
     plgpu.commit_smem()
+    if settings.heads:
+        scales = gpu.load(x.picked.at[x.warpgroup], ACROSS)
+    if scales is not None:
+        scales = lax.broadcast_in_dim(scales, (ROWS, settings.tokens), [1])
     plgpu.barrier_arrive(getattr(x, f"{name}_used").at[slot])
     return [getattr(x, f"wide_{n}").at[x.warpgroup] for n in range(settings.parts)], scales
+
+
+def pick(settings: Settings, x, numbers, slot) -> None:
+    """Put the scales of this block's head side by side."""
+    for token in range(0, settings.tokens, ROWS):
+        every = gpu.load(numbers.at[slot, pl.ds(token, ROWS)], plgpu.Layout.WGMMA)
+        mine = lax.broadcasted_iota(jnp.int32, every.shape, 1) == x.group
+        x.picked.at[x.warpgroup, pl.ds(token, ROWS)][...] = jnp.sum(jnp.where(mine, every, 0.0), axis=1)
 
 
 def spread(settings: Settings, numbers, slot, token: int, channel: int, step: int):
@@ -325,13 +345,18 @@ def decode(settings: Settings, names, *refs) -> None:
     def copy(name, slot, pieces):
         tile, ready = getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot]
         part = lambda to, first: to if len(pieces) == 1 else to.at[pl.ds(first, settings.piece)]
-        codes = range(settings.blocks if settings.bits else 0)
         for first, row, token in pieces:
             here = pl.ds(token, settings.piece)
             plgpu.copy_gmem_to_smem(getattr(x, name).at[x.base + row, here, x.group], part(tile, first), ready)
-            for block in codes:
-                numbers = part(getattr(x, f"{name}_numbers").at[slot, block], first)
-                plgpu.copy_gmem_to_smem(getattr(x, f"{name}_scales").at[row, x.group, block, here], numbers, ready)
+            if not settings.bits:
+                continue
+            scales, numbers = getattr(x, f"{name}_scales"), getattr(x, f"{name}_numbers")
+            if settings.heads:
+                plgpu.copy_gmem_to_smem(scales.at[x.base + row, here], part(numbers.at[slot], first), ready)
+                continue
+            for block in range(settings.blocks):
+                to = part(numbers.at[slot, block], first)
+                plgpu.copy_gmem_to_smem(scales.at[row, x.group, block, here], to, ready)
 
     def feed():
         for part in range(settings.parts):

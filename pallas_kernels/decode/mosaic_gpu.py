@@ -29,6 +29,8 @@ SMALLEST_PAGE, SMALLEST_PAGE_OF_CODES = 8, 32
 """Slots: whole rows of shared memory's pattern, and scales of whole 128 bytes."""
 MOST_SCALES, LEAST_BYTES = 8, 16
 """Of a head of a token, and of the codes that share one."""
+TOGETHER = 8
+"""Key/value heads whose scales are copied together."""
 LEAST_STEPS = 4
 """Of a split, where a row is divided."""
 
@@ -56,7 +58,7 @@ class HopperDecodeTiles:
 
 
 TABLE = (
-    Row(HopperDecodeTiles(stages=6), most=(("bits", 4), ("head_size", 128))),
+    Row(HopperDecodeTiles(stages=5), most=(("bits", 4), ("head_size", 128))),
     Row(HopperDecodeTiles(stages=2), most=(("bits", 4),)),
     Row(HopperDecodeTiles(stages=3), most=(("bits", 8), ("head_size", 128))),
     Row(HopperDecodeTiles(stages=1), most=(("bits", 8),)),
@@ -146,6 +148,7 @@ def decode_mosaic_gpu(
         dtype=q_BxTxHxK.dtype,
         bits=bits_of(k) if isinstance(k, Quantised) else None,
         blocks=k.scales.shape[-1] if isinstance(k, Quantised) else 1,
+        heads=G if isinstance(k, Quantised) and together(G, k.scales.shape[-1]) else 0,
         interpret=bool(interpret),
     )
     splits = splits_of(B * G, most_blocks(settings, window), tiles.blocks)
@@ -159,8 +162,8 @@ def decode_mosaic_gpu(
         "rows": jnp.stack([first, count, lens_B, low, base], axis=1),
         "table": jnp.clip(table_BxP, 0, k.shape[-4] - 1) if paged else jnp.zeros((1, 1), jnp.int32),
         "q": _queries(q_BxTxHxK, G, rows, settings.parts),
-        **_stored("k", k, layer),
-        **_stored("v", v, layer),
+        **_stored("k", k, layer, settings.heads),
+        **_stored("v", v, layer, settings.heads),
     }
     parts = splits * COMPUTE
     shapes = {"out": (B, G, parts, rows, K), "lse": (B, G, parts, rows)}
@@ -221,14 +224,22 @@ def _queries(q_BxTxHxK, G: int, rows: int, parts: int):
     return jnp.moveaxis(q.reshape(B, G, rows, K // parts, parts), -1, 0)
 
 
-def _stored(name: str, x, layer) -> dict:
-    """Keys or values by the kernel's names: as they lie in memory, [layers · rows or pages, tokens, G, K], and one layer's
-    scales turned to [rows or pages, G, blocks, tokens], so that those of a head's tokens are copied as one."""
+def together(groups: int, blocks: int) -> bool:
+    """Whether scales are copied as they lie, those of all key/value heads of a token together: a tile of the matrix unit's
+    columns of them, which no more of shared memory is there for. Others are turned beforehand, in XLA."""
+    return groups == TOGETHER and blocks == 1
+
+
+def _stored(name: str, x, layer, heads: int) -> dict:
+    """Keys or values by the kernel's names: as they lie in memory, [layers · rows or pages, tokens, G, K]; scales too
+    without the last (`heads`), or one layer's turned to [rows or pages, G, blocks, tokens], so that those of a head's tokens
+    are copied as one."""
     joined = lambda part: part.reshape(-1, *part.shape[-3:])
     if not isinstance(x, Quantised):
         return {name: joined(x)}
-    scales = x.scales if layer is None else x.scales[layer]
-    scales = jnp.moveaxis(scales, 1, -1)
+    codes = joined(jax.lax.bitcast_convert_type(x.codes, jnp.int8))
+    if heads:
+        return {name: codes, f"{name}_scales": joined(x.scales)[..., 0]}
+    scales = jnp.moveaxis(x.scales if layer is None else x.scales[layer], 1, -1)
     # Rows of whole 16 bytes.
-    scales = jnp.pad(scales, (*((0, 0),) * 3, (0, -scales.shape[-1] % 4)))
-    return {name: joined(jax.lax.bitcast_convert_type(x.codes, jnp.int8)), f"{name}_scales": scales}
+    return {name: codes, f"{name}_scales": jnp.pad(scales, (*((0, 0),) * 3, (0, -scales.shape[-1] % 4)))}

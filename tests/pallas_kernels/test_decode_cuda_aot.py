@@ -90,7 +90,8 @@ def test_every_row_of_the_table_compiles_into_registers_and_no_cache_is_copied(f
         assert made["fences"] >= 2 + K // 64 + (0 if form is None else 3)
         assert made["spills"] <= (0 if form is None else SPILLS[K]), (label, made)
         assert made["shared"] <= cuda_target.SHARED_BYTES
-        # Scales are turned, which are half of the bytes that blocks of 32 have as codes.
+        # Scales are turned but those of eight heads with one each; blocks' of 32 are a quarter of their codes, of keys and of
+        # values.
         one_layer = B * SLOTS * G * K * bits // 8
         assert made["temp"] < one_layer * (0.8 if form == "int4_g32" else 0.5), (label, made)
 

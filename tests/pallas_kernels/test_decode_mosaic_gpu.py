@@ -34,8 +34,9 @@ CASES = {
         (2, 5, 400, 4, 2, 128), Tiles(64, 1, blocks=1), (400, 61), jnp.float16, window=90, cap=3.0
     ),
     "pages": Case((2, 2, 256, 4, 2, 64), Tiles(64, 2, blocks=1), (250, 95), jnp.bfloat16, page=16, window=70),
+    # Scales of eight heads are copied together.
     "int8, pages": Case(
-        (2, 2, 224, 4, 2, 64), Tiles(64, 1, blocks=1), (210, 75), jnp.bfloat16, "int8_row", page=32, window=150
+        (1, 2, 224, 8, 8, 64), Tiles(64, 1, blocks=1), (210,), jnp.bfloat16, "int8_row", 32, window=150
     ),
     # What XLA rounds, too: codes with their scales.
     "int4 blocks": Case((1, 1, 210, 2, 1, 128), Tiles(64, 1, blocks=1), (140,), jnp.bfloat16, "int4_g32"),
