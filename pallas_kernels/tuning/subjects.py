@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +78,12 @@ def attention(
     def forward(tiles):
         return lambda q, k, v: attend(planned(tiles, q, k, v), q, k, v, mask, (start, 0))
 
-    def backward(some: slice):
+    def backward(some: slice, **fixed):
         """dq, dk and dv, or some of them: the kernels of the others are dropped by the compiler."""
 
         def run(tiles):
+            tiles = dataclasses.replace(tiles, **fixed)
+
             def gradients(q, k, v, lse, drop, d_out):
                 return planned(tiles, q, k, v).backward(q, k, v, mask, (start, 0), lse, drop, d_out)[some]
 
@@ -104,10 +108,12 @@ def attention(
             Part("backward", some("queries_back", "keys_back"), backward(slice(None)), make_back),
         )
     else:
+        apart = partial(backward, kernels_back=2)
         parts = (
             Part("forward", _product(keys=GPU_STEPS, stages=GPU_STAGES), forward, make),
-            Part("dq", _product(keys_back=GPU_STEPS, stages_q=GPU_STAGES), backward(slice(1)), make_back),
-            Part("dk, dv", _product(queries_back=GPU_STEPS, stages_k=GPU_STAGES), backward(slice(1, 3)), make_back),
+            Part("dq", _product(keys_back=GPU_STEPS, stages_q=GPU_STAGES), apart(slice(1)), make_back),
+            Part("dk, dv", _product(queries_back=GPU_STEPS, stages_k=GPU_STAGES), apart(slice(1, 3)), make_back),
+            Part("backward", _product(kernels_back=(1, 2)), backward(slice(None)), make_back),
         )
     return Subject("attention", implementation, dtype.name, sizes, table, parts)
 
