@@ -96,6 +96,14 @@ def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP
     return None
 
 
+def unwise(q, k, v, lens, *, table_BxP=None, **call) -> str | None:
+    """Why None leaves a call to XLA: what has not been seen to be right on a chip is not chosen."""
+    if isinstance(k, Quantised) or table_BxP is not None:
+        kind = "in pages" if table_BxP is not None else f"in {k.format.name}"
+        return f"has run on a GPU with dense float caches only, so that only its name chooses it for one {kind}"
+    return None
+
+
 def _misfit_codes(q, k: Quantised, paged: bool) -> str | None:
     element, (places, _, K) = k.format.element, k.shape[-3:]
     if not (isinstance(element, Int) and element.bits in (4, 8) and isinstance(k.format.scale, Float32)):
