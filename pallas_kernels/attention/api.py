@@ -94,6 +94,47 @@ def attention(
     return choice.call(lambda one: own if one is CUDNN else planned(Choice(one)), *arrays)
 
 
+def attention_gradients(
+    q_BxTxHxK,
+    k_BxSxGxK,
+    v_BxSxGxK,
+    d_out_BxTxHxK,
+    lse_BxHxT,
+    drop_BxHxT,
+    *,
+    mask: MaskSpec,
+    scale: float,
+    cap: float | None = None,
+    q_start=0,
+    k_start=0,
+    implementation: str | None = None,
+    interpret=False,
+):
+    """What some keys add to the gradients of attention over more of them, in float32 or better, to be summed over the parts.
+
+    Dao et al. 2022, algorithm 4: the log-sum-exp over all keys gives a part's final weights.
+
+    Args:
+      lse_BxHxT: float32, the log-sum-exp of each query over all keys, of this part and all others.
+      drop_BxHxT: float32, what the softmax over all keys takes off each row's gradient, see `block.dropped`.
+      implementation: what a call of `attention` with these arguments and `lse_out` gets. `cudnn` gives no log-sum-exp.
+
+    Returns:
+      dq [B, T, H, K], dk and dv [B, S, G, K].
+
+    Raises:
+      ValueError: as `attention`.
+    """
+    _check_shapes(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, cap)
+    mask.check(q_BxTxHxK.shape[0], q_BxTxHxK.shape[1], k_BxSxGxK.shape[1])
+    arrays = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
+    call = dict(mask=mask, scale=scale, cap=cap, q_start=q_start, k_start=k_start)
+    choice = ATTENTION.choose(implementation, *arrays, interpret=interpret, lse_out=True, **call)
+    plan = ByPlatform(choice, tuple((one.name, _plan(one, interpret, *arrays, **call)) for one in choice.all))
+    rows = lse_BxHxT, drop_BxHxT, d_out_BxTxHxK
+    return tuple(plan.backward(*arrays, mask, (q_start, k_start), *rows, precise=True))
+
+
 def _plan(one: Implementation, interpret, q, k, v, **call):
     return one.run(q, k, v, interpret=interpret, **call) if one.kernel else one.run(q, k, v, **call)
 

@@ -25,8 +25,14 @@ class Plan(Protocol):
     def forward(self, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask, starts):
         """out [B, T, H, K] in q's dtype, and lse [B, H, T] in float32 or better, -inf where a query sees nothing."""
 
-    def backward(self, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask, starts, lse_BxHxT, drop_BxHxT, d_out_BxTxHxK):
-        """dq, dk, dv in the dtypes of q, k and v; `drop` as `block.dropped` gives it."""
+    def backward(
+        self, q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask, starts, lse_BxHxT, drop_BxHxT, d_out_BxTxHxK, precise=False
+    ):
+        """dq, dk, dv in the dtypes of q, k and v, or in float32 or better with `precise`; `drop` as `block.dropped` gives
+        it.
+
+        `lse` and `drop` are of the queries' whole softmax: where these are not all keys, dq is their part of it.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,8 @@ class ByPlatform:
     def forward(self, *arrays):
         return self.choice.call(lambda one: dict(self.plans)[one.name].forward, *arrays)
 
-    def backward(self, *arrays):
-        return self.choice.call(lambda one: dict(self.plans)[one.name].backward, *arrays)
+    def backward(self, *arrays, precise=False):
+        return self.choice.call(lambda one: partial(dict(self.plans)[one.name].backward, precise=precise), *arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

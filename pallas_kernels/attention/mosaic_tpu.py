@@ -114,7 +114,7 @@ class FlashPlan:
         )
         return jnp.swapaxes(out, 1, 2)[:, :T], lse[:, :, 0, :T]
 
-    def backward(self, q, k, v, mask, starts, lse, drop, d_out):
+    def backward(self, q, k, v, mask, starts, lse, drop, d_out, precise=False):
         T, S = q.shape[1], k.shape[1]
         call = Call(self, q, k, mask, starts, (self.tiles.queries_back, self.tiles.keys_back))
         bq, bk = call.block
@@ -122,7 +122,7 @@ class FlashPlan:
         lse = jnp.where(lse == -jnp.inf, 0, lse)
         arrays = {"q": call.heads(q, 0), "k": call.heads(k, 1), "v": call.heads(v, 1)}
         arrays |= {"d_out": call.heads(d_out, 0), "lse": call.rows(lse), "drop": call.rows(drop)}
-        shape = lambda x: versions.out_shape(x.shape, x.dtype, *arrays.values())
+        shape = lambda x: versions.out_shape(x.shape, jnp.float32 if precise else x.dtype, *arrays.values())
         column = pltpu.VMEM((bq, LANES), jnp.float32)
         total = lambda size: pltpu.VMEM((size, q.shape[3]), jnp.float32)
         (dq,) = call.by_queries(

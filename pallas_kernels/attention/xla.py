@@ -56,7 +56,7 @@ class XlaPlan:
             outs.append(out / jnp.transpose(share, (0, 3, 1, 2))[..., None])
         return _joined(outs, 1).reshape(B, T, H, K).astype(q.dtype), _joined(lses, -1).reshape(B, H, T)
 
-    def backward(self, q, k, v, mask, starts, lse, drop, d_out):
+    def backward(self, q, k, v, mask, starts, lse, drop, d_out, precise=False):
         dqs, dks, dvs = [], [], []
         for first, last, begin, end in self.blocks:
             cut_q, cut_k = (lambda x, i=first, j=last: x[:, i:j]), (lambda x, i=begin, j=end: x[:, i:j])
@@ -66,8 +66,10 @@ class XlaPlan:
             for parts, part in zip((dqs, dks, dvs), new, strict=True):
                 parts.append(part)
         spans = [block[2:] for block in self.blocks]
-        whole = lambda parts, like: _add_up(parts, spans, k.shape[1]).astype(like.dtype)
-        return _joined(dqs, 1).astype(q.dtype), whole(dks, k), whole(dvs, v)
+        found = _joined(dqs, 1), _add_up(dks, spans, k.shape[1]), _add_up(dvs, spans, k.shape[1])
+        if precise:
+            return found
+        return tuple(x.astype(like.dtype) for x, like in zip(found, (q, k, v), strict=True))
 
 
 def xla_plan(q, k, v, *, mask: MaskSpec, scale: float, cap: float | None = None, q_start=0, k_start=0) -> XlaPlan:

@@ -1,7 +1,7 @@
 """The backward pass of every ring: a second ring, in which keys travel with the gradients that they collect.
 
 Liu et al. 2023, appendix A: device r keeps its queries, its output and its log-sum-exp, and nothing of other devices.
-Gradients collect in float32. What the device's own keys collect at home is added when the rest comes back, so that keys
+Each block's share is of the implementation that its forward pass has. Gradients collect in float32. What the device's own keys collect at home is added when the rest comes back, so that keys
 and values make N - 1 hops, and so do their gradients.
 """
 
@@ -85,7 +85,7 @@ def _visit(walk: Walk, queries: list[Labels], dq: list, collected: list[Labels],
             def more(old, at=at, query=query, key=key):
                 mask = walk.mask(*at, query, key)
                 rows = (query[name] for name in ("d_out", "lse", "drop"))
-                new = block.gradients(query["q"], key["k"], key["v"], *rows, mask, **walk.plan.numbers)
+                new = block.gradients(query["q"], key["k"], key["v"], *rows, mask=mask, **walk.plan.call)
                 return tuple(a + b for a, b in zip(old, new, strict=True))
 
             seen = walk.seen(*at, query, key, offsets)

@@ -30,6 +30,7 @@ def ring_attention(
     cap: float | None = None,
     both_ways: bool = False,
     implementation: str | None = None,
+    interpret=False,
 ):
     """Attention over a sequence that lies along a mesh axis. T are the tokens of this device.
 
@@ -38,6 +39,8 @@ def ring_attention(
       layout: one of `layouts.LAYOUTS`.
       axis: the mesh axis, manual in the surrounding `shard_map`.
       both_ways: let half of the keys and values travel each way.
+      implementation, interpret: as in `attention`, of each block, forward and backward. A kernel asks for a `shard_map` that
+        is manual over every axis of the mesh; the interpreter for one without `check_vma`.
 
     Returns:
       out [B, T, H, K] in q's dtype and lse [B, H, T] in float32, both differentiable.
@@ -56,6 +59,7 @@ def ring_attention(
         cap=cap,
         both_ways=both_ways,
         implementation=implementation,
+        interpret=interpret,
     )
     return with_ring_gradient(_forward, plan, *arrays)
 
@@ -79,10 +83,7 @@ def _visit(walk: Walk, queries: list[Labels], state: list[Partial], step, held) 
 
             def more(old, at=at, query=query, key=key):
                 mask = walk.mask(*at, query, key)
-                part = block.attend(
-                    query["q"], key["k"], key["v"], mask, implementation=plan.implementation, **plan.numbers
-                )
-                return merge(old, part)
+                return merge(old, block.attend(query["q"], key["k"], key["v"], mask, **plan.call))
 
             state[qc] = run_if(walk.seen(*at, query, key, offsets), more, state[qc])
     return state

@@ -32,7 +32,7 @@ def ring_self_attention(
     cap: float | None = None,
     implementation: str | None = None,
 ):
-    """As `ring.ring_attention`, in two phases. Scores and softmax are plain XLA.
+    """As `ring.ring_attention`, in two phases. Scores, softmax and the blocks of the gradient are plain XLA.
 
     Raises:
       ValueError: an implementation other than "xla" or None, besides what a ring raises.
@@ -41,7 +41,8 @@ def ring_self_attention(
         raise ValueError(
             f'Ring Self-Attention holds whole rows of scores and has no implementation {implementation!r}; use "xla"'
         )
-    plan, *arrays = prepare(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, mask=mask, layout=layout, axis=axis, scale=scale, cap=cap)
+    options = dict(scale=scale, cap=cap, implementation="xla")
+    plan, *arrays = prepare(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, mask=mask, layout=layout, axis=axis, **options)
     return with_ring_gradient(_forward, plan, *arrays)
 
 

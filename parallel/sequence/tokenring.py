@@ -31,12 +31,13 @@ def tokenring_attention(
     axis: str,
     cap: float | None = None,
     implementation: str | None = None,
+    interpret=False,
 ):
     """As `ring.ring_attention`, by moving queries. Partial outputs travel in q's dtype, their log-sum-exps in float32.
 
     Each step's way back is a permutation of its own, so the steps are N copies in the program.
     """
-    options = dict(scale=scale, cap=cap, implementation=implementation)
+    options = dict(scale=scale, cap=cap, implementation=implementation, interpret=interpret)
     plan, *arrays = prepare(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, mask=mask, layout=layout, axis=axis, **options)
     return with_ring_gradient(_forward, plan, *arrays)
 
@@ -66,10 +67,7 @@ def _visit(walk: Walk, guests: Labels, keys: list[Labels], step: int) -> Partial
 
             def more(old, at=at, query=query, key=key):
                 mask = walk.mask(*at, query, key)
-                new = block.attend(
-                    query["q"], key["k"], key["v"], mask, implementation=plan.implementation, **plan.numbers
-                )
-                return merge(old, new)
+                return merge(old, block.attend(query["q"], key["k"], key["v"], mask, **plan.call))
 
             part = run_if(walk.seen(*at, query, key, [step]), more, part)
         parts.append(part)

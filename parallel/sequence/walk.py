@@ -32,7 +32,7 @@ class Plan:
     Attributes:
       layout: of the tokens over the axis.
       axis: name of the mesh axis.
-      scale, cap, implementation: as in `attention`.
+      scale, cap, implementation, interpret: as in `attention`.
       causal, window: of the mask; the window where it is a plain int.
       both_ways: half of each device's keys and values travels up the ring, the other half down.
     """
@@ -45,11 +45,17 @@ class Plan:
     window: int | None = None
     both_ways: bool = False
     implementation: str | None = None
+    interpret: Any = False
 
     @property
     def numbers(self) -> dict:
-        """Arguments of the block functions that gradients need too."""
+        """Arguments of logits."""
         return dict(scale=self.scale, cap=self.cap)
+
+    @property
+    def call(self) -> dict:
+        """Arguments of a block's attention and of its gradients."""
+        return self.numbers | dict(implementation=self.implementation, interpret=self.interpret)
 
 
 def prepare(

@@ -72,7 +72,7 @@ def dense_for(inputs, mask, cap=None):
     return jax.tree.map(np.asarray, (outputs, gradients))
 
 
-def locally(function, mesh: Mesh, mask: MaskSpec, **options):
+def locally(function, mesh: Mesh, mask: MaskSpec, check_vma=True, **options):
     """A function of whole arrays in stored order from one of a device's shards, over every axis of the mesh."""
     along = P(None, tuple(mesh.axis_names))
     arrays = {n: getattr(mask, n) for n in ("q_segments", "k_segments", "q_index", "k_index", "window")}
@@ -87,6 +87,7 @@ def locally(function, mesh: Mesh, mask: MaskSpec, **options):
         mesh=mesh,
         in_specs=(along, along, along, specs),
         out_specs=(along, P(None, None, tuple(mesh.axis_names))),
+        check_vma=check_vma,
     )
     return lambda q, k, v: whole(q, k, v, arrays)
 
