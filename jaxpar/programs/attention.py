@@ -210,8 +210,8 @@ def check_attention(
             raise ValueError(f"model.attention_implementation: {error}") from None
     if kernel and sizes["sequence"] > 1:
         raise ValueError(
-            f'model.attention_implementation = "{name}" is a kernel, and where tokens lie on several devices '
-            f'(sequence({sizes["sequence"]})) blocks of attention are plain XLA; use "xla", or other axes of the mesh'
+            f'model.attention_implementation = "{name}" is a kernel, which the compiler cannot split, and where tokens lie on '
+            f'several devices (sequence({sizes["sequence"]})) it has the other axes; use "xla", or other axes of the mesh'
         )
     if kernel and left_to_compiler:
         raise ValueError(
