@@ -123,7 +123,9 @@ def build(
     used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor, quantise=quantise)
     tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
     auto = staged and sizes["tensor"] > 1 and not tensor.by_hand(sizes)
-    check_attention(cfg, mesh, rules, rows, length, left_to_compiler=auto)
+    apart = not staged and (tensor.by_hand(sizes) or all(n == 1 for a, n in sizes.items() if a != "sequence"))
+    options = dict(sequence=sequence.attention, sequence_alone=apart)
+    check_attention(cfg, mesh, rules, rows, length, left_to_compiler=auto, **options)
     param_shardings = shardings(tree, mesh, rules)
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
     ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))

@@ -175,17 +175,27 @@ def alone(mesh: Mesh) -> AbstractMesh:
 
 
 def check_attention(
-    cfg: ModelConfig, mesh: Mesh, rules: Rules, rows: int | None, length: int | None, *, left_to_compiler: bool = False
+    cfg: ModelConfig,
+    mesh: Mesh,
+    rules: Rules,
+    rows: int | None,
+    length: int | None,
+    *,
+    left_to_compiler: bool = False,
+    sequence: str = "ring",
+    sequence_alone: bool = True,
 ) -> None:
     """Whether the implementation of attention that a model names can do what a program will ask of it. Nothing is traced.
 
     Args:
       rows, length: of the batch. None: one on each device, and the model's context.
       left_to_compiler: whether the partitioner has the tensor axis inside of a pipeline.
+      sequence: the kind of attention where tokens lie on several devices.
+      sequence_alone: whether no other axis is left to the partitioner there.
 
     Raises:
       ValueError: an implementation that does not run on these devices or with these shapes, heads that do not divide over
-        them; a kernel where tokens lie on several devices, or where a pipeline leaves heads to the compiler.
+        them; a kernel where tokens lie on several devices and other axes are the compiler's, or where a pipeline leaves heads to it.
     """
     if (name := cfg.attention_implementation) is None:
         return
@@ -208,7 +218,12 @@ def check_attention(
             ATTENTION.choose(name, *shares, **call)
         except ValueError as error:
             raise ValueError(f"model.attention_implementation: {error}") from None
-    if kernel and sizes["sequence"] > 1:
+    if kernel and sizes["sequence"] > 1 and sequence == "rsa":
+        raise ValueError(
+            f'model.attention_implementation = "{name}" is a kernel, and sequence.attention = "rsa" holds whole rows of '
+            f'scores; use "xla", or another kind'
+        )
+    if kernel and sizes["sequence"] > 1 and not sequence_alone:
         raise ValueError(
             f'model.attention_implementation = "{name}" is a kernel, which the compiler cannot split, and where tokens lie on '
             f'several devices (sequence({sizes["sequence"]})) it has the other axes; use "xla", or other axes of the mesh'

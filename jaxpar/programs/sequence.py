@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -118,9 +119,10 @@ def layout_for(config: SequenceConfig, sizes: Mapping[str, int], length: int) ->
     )
 
 
-def local_attention(config: SequenceConfig, axes: tuple[str, ...]):
-    """The attention function of a device that is inside a `shard_map` over these axes of the tokens already."""
-    run = LOCAL[config.attention]
+def local_attention(config: SequenceConfig, axes: tuple[str, ...], interpret=False):
+    """The attention function of a device that is inside a `shard_map` over these axes of the tokens already. `interpret`: as
+    in `attention`, of a ring's kernels."""
+    run = partial(LOCAL[config.attention], **({"interpret": interpret} if interpret else {}))
 
     def attention(
         q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, lse_out=False, implementation=None
@@ -152,14 +154,18 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand
     """As `whole.loss_fn`. Differentiable from outside: gradients are summed over the axis once, at the end.
 
     Args:
+      ops: attention is a `jaxpar.programs.attention.Spread`.
       hand: further axes to be manual over, and how parameters lie on them.
     """
     inside, tokens = by_hand(mesh, config)
-    ops = replace(ops, attention=local_attention(config, tokens))
+    interpret = ops.attention.interpret
+    ops = replace(ops, attention=local_attention(config, tokens, interpret))
     axes, rows, param_specs, gather = tokens, (), PartitionSpec(), lambda params: params
     if hand is not None:
         axes, rows, param_specs, gather = (*tokens, *hand.axes), hand.rows, hand.params, hand.gather
         ops = hand.ops(ops)
+    # The axes of one device too: attention's kernels ask for all axes of the mesh.
+    manual = set(axes) | {a for a, size in inside.shape.items() if size == 1}
 
     def loss(params: Any, batch: Batch, key, route: Route | None = None):
         layout = layout_for(config, dict(mesh.shape), batch.tokens.shape[1])
@@ -170,7 +176,8 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand
             return jax.lax.psum(local_loss(cfg, ops, params, batch, places, key, route), axes)
 
         specs = (param_specs, batch_specs(rows, tokens), PartitionSpec(tokens), PartitionSpec(), PartitionSpec())
-        whole = jax.shard_map(local, mesh=inside, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes))
+        options = dict(axis_names=manual, check_vma=not interpret)
+        whole = jax.shard_map(local, mesh=inside, in_specs=specs, out_specs=PartitionSpec(), **options)
         return whole(params, arranged(layout, batch), places, key, route)
 
     return loss

@@ -12,6 +12,7 @@ from jaxpar.models.config import ModelConfig
 from jaxpar.pallas_kernels.dispatch import Implementation
 from jaxpar.parallel.mesh import MeshConfig, make_mesh
 from jaxpar.parallel.rules import Rules
+from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.program import build
 from jaxpar.programs.attention import Spread
 from jaxpar.step import Batch
@@ -62,6 +63,16 @@ def test_the_kernel_on_eight_devices_is_xla_on_one(interpreted):
         np.testing.assert_allclose(other, one, rtol=0, atol=3e-6 * max(np.abs(one).max(), 1e-3))
 
 
+def test_the_kernel_in_a_ring_is_xla_on_one_device(interpreted):
+    """Its blocks, forward and backward, where the tokens' axis is the only one of several devices."""
+    (loss, grads), (kernel_loss, kernel_grads) = (
+        gradients(name, mesh) for name, mesh in (("xla", "data=1"), ("mosaic_tpu", "sequence=2"))
+    )
+    np.testing.assert_allclose(kernel_loss, loss, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(kernel_grads), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=3e-6 * max(np.abs(one).max(), 1e-3))
+
+
 @pytest.mark.quick
 def test_rows_and_heads_that_do_not_divide_are_said():
     spread = Spread(mesh_of("data=2,tensor=4"), Rules())
@@ -84,7 +95,7 @@ def test_rows_and_heads_that_do_not_divide_are_said():
 def test_kernels_are_refused_where_the_compiler_would_split_them(interpreted):
     cfg = CFG.replace(attention_implementation="mosaic_tpu", kv_heads=2)
     for mesh, words in (
-        ("sequence=2", r"tokens lie on several devices \(sequence\(2\)\)"),
+        ("data=2,sequence=2", r"tokens lie on several devices \(sequence\(2\)\)"),
         (
             "stage=2,tensor=2",
             r"split over tensor\(2\) inside of a pipeline; use \"xla\", or tensor.products = \"gathered\"",
@@ -92,3 +103,5 @@ def test_kernels_are_refused_where_the_compiler_would_split_them(interpreted):
     ):
         with pytest.raises(ValueError, match=words):
             build(cfg, mesh_of(mesh), rows=ROWS, length=LENGTH)
+    with pytest.raises(ValueError, match=r'"rsa" holds whole rows of scores; use "xla", or another kind'):
+        build(cfg, mesh_of("sequence=2"), rows=ROWS, length=LENGTH, sequence=SequenceConfig("rsa"))
