@@ -6,6 +6,7 @@ Mosaic GPU's interface changes between releases: whatever differs between 0.10.2
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -22,6 +23,10 @@ ROWS = 64
 """Rows of the first operand that one warpgroup multiplies (wgmma's M)."""
 MAY_INTERPRET = hasattr(plgpu, "InterpretGPUParams")
 """Whether this JAX has a whole interpreter of Mosaic GPU kernels: since 0.11."""
+ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+"""How numbers of rows, and of columns, lie over the threads that hold a product."""
+LOG2 = math.log(2)
+"""Logits in units of this are what the chip's own exponential, exp2, takes."""
 
 
 def interpreter(interpret):
@@ -176,6 +181,33 @@ def mma(total, a, b, *, transposed=False, interpret=False, meanwhile: Callable |
 
     kind = jnp.int32 if jnp.issubdtype(a.dtype, jnp.integer) else jnp.float32
     return pl.run_scoped(fresh, plgpu.ACC(total, kind))
+
+
+def roles(warpgroup, workers: int, work: Callable, feed: Callable, registers: tuple[int, int]) -> None:
+    """What a block's warpgroups do: the first `workers` work, the next one feeds them.
+
+    Args:
+      registers: of a thread that works, and of one that feeds.
+    """
+
+    @pl.when(warpgroup < workers)
+    def _():
+        plgpu.set_max_registers(registers[0], action="increase")
+        work()
+
+    @pl.when(warpgroup == workers)
+    def _():
+        plgpu.set_max_registers(registers[1], action="decrease")
+        feed()
+
+
+def scaled(logits, scale: float, cap: float | None):
+    """Products of queries and keys as logits, scaled and capped, in units of `LOG2`."""
+    if cap is None:
+        return logits * (scale / LOG2)
+    # tanh x = 1 - 2 / (e^2x + 1), of which an exponential is the chip's own.
+    bent = 1 - 2 / (jnp.exp2(logits * (2 * scale / cap / LOG2)) + 1)
+    return bent * (cap / LOG2)
 
 
 class Sum:

@@ -1,6 +1,6 @@
 """Duo-LLM: loss against the budget of big modules, for oracles, learned routers, fixed and random routes, and the null control.
 
-Command:   python -m jaxpar.experiments.adaptive.duo                        (5 layers, width 64, 600 steps, 2 seeds; 12 minutes)
+Command:   python -m jaxpar.experiments.adaptive.duo                        (5 layers, width 64, 600 steps, 2 seeds; 4 minutes)
            python -m jaxpar.experiments.adaptive.duo --seeds 1 --steps 150  (a few minutes)
            python -m jaxpar.experiments.adaptive.duo --width 512 --layers 8 --steps 5000 --length 256    (on a GPU)
 Expected:  results/duo.json, .md and .png. Oracles are below every fixed route by construction; the paper finds them far below, and

@@ -1,13 +1,13 @@
 """What exits cost the last layer, and what they gain: every scheme of exit losses on the same text.
 
-Command:   python -m jaxpar.experiments.adaptive.exit_losses                  (8 layers, 400 steps, 2 seeds; 15 to 40 minutes)
+Command:   python -m jaxpar.experiments.adaptive.exit_losses                  (8 layers, 400 steps, 2 seeds; 32 minutes beside other work)
            python -m jaxpar.experiments.adaptive.exit_losses --only calm deed  (schemes whose name has one of these in it)
            python -m jaxpar.experiments.adaptive.exit_losses --layers 24 --width 1024 --heads 16 --length 1024 --steps 20000   (on a GPU)
 Expected:  results/exit_losses.json, .md and .png, written after each scheme. The papers find that the more weight early exits
            have the lower is their loss and the higher the last layer's (Elbayad et al. 2020, Table 1), and so it is here:
            inverse depth costs the last layer 0.045 nats a byte, CALM's weights 0.006. FREE's distance, made for models
-           that are trained already, ruins one that begins: the exit draws the layers before it to the last layer's
-           states, until the layers behind it have nothing left to do (2.558; a tenth of it 1.937, none 1.889).
+           that are trained already, ruins one that begins (2.558; a tenth of it 1.937, none 1.889): it seems that the exit
+           draws the layers before it to the last layer's states, until the layers behind it have nothing left to do.
 
 A Llama on the built-in text with exits behind every second layer (FREE has one). All runs of a seed start from the same
 parameters and see the same batches. Held-out loss in nats a byte behind each exit and behind the last layer; the plain model

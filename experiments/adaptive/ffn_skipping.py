@@ -5,7 +5,7 @@ Command:   python -m jaxpar.experiments.adaptive.ffn_skipping                   
            python -m jaxpar.experiments.adaptive.ffn_skipping --model gemma-3-270m.gguf --rows-read 8 --length 128
 Expected:  results/ffn_skipping.json (or _loaded), .md and .png, 3 to 5 minutes. By cosine a quarter of the feed-forward layers
            costs 0.02 nats; a fifth of whole layers 0.14 and more, with masked keys most. Gemma 3 270M bears neither: 6 % of its
-           feed-forward layers by cosine cost 0.7 nats, 17 % 2.6 (15 minutes). The paper: LLaMA-2 bears 25 % of its
+           feed-forward layers by cosine cost 0.7 nats, 17 % 2.6 (19 minutes beside other work). The paper: LLaMA-2 bears 25 % of its
            feed-forward layers left out, and collapses with 10 to 15 % of whole layers.
 
     ffn, cosine     FFN-SkipLLM (Jaiswal et al. 2024): the two feed-forward layers behind one whose cosine is above a threshold;

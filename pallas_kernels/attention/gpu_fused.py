@@ -5,8 +5,8 @@ By keys, as `gpu_kernels.backward_k`, and what dq needs is there already: five p
 global memory by the copy engine, in float32 and in the order in which blocks come to it: the last bits of dq differ from run
 to run.
 
-The gradient of logits goes through shared memory, for dq sums over the keys of both warpgroups; each makes half of dq's columns.
-A step multiplies those of the step before, so that no warpgroup waits for what the other one has only begun.
+The gradient of logits goes through shared memory, for dq sums over the keys of both warpgroups; each makes half of dq's
+columns. A step multiplies those of the step before, so that no warpgroup waits for what the other one has only begun.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.attention.gpu_kernels import (
-    ACROSS,
     COMPUTE,
-    LOG2,
     ROWS,
     Settings,
     copy_rows,
@@ -34,6 +32,7 @@ from jaxpar.pallas_kernels.attention.gpu_kernels import (
     slot_of,
     spread,
 )
+from jaxpar.pallas_kernels.gpu import ACROSS, LOG2
 
 COLUMNS = ROWS
 """Queries of a step. The sums of dk and dv leave no registers for more."""

@@ -12,7 +12,6 @@ a causal backward pass; softmax and products of one warpgroup do not overlap her
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +23,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.attention.labels import Kinds
+from jaxpar.pallas_kernels.gpu import ACROSS, ALONG, LOG2
 
 COMPUTE = 2
 """Warpgroups that compute; the next one feeds them."""
 ROWS = gpu.ROWS
 REGISTERS, FEEDER_REGISTERS = 240, 24
 """Of a thread that computes, and of one that feeds: 64512 in a block, and a multiprocessor has 65536."""
-LOG2 = math.log(2)
-ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-"""How numbers of rows, and of columns, lie over the threads that hold a product."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,7 @@ class Settings:
 
     def scaled(self, logits):
         """Products of queries and keys scaled and capped, in units of log 2."""
-        if self.cap is None:
-            return logits * (self.scale / LOG2)
-        # tanh x = 1 - 2 / (e^2x + 1), of which an exponential is the chip's own.
-        bent = 1 - 2 / (jnp.exp2(logits * (2 * self.scale / self.cap / LOG2)) + 1)
-        return bent * (self.cap / LOG2)
+        return gpu.scaled(logits, self.scale, self.cap)
 
     def sloped(self, weights, logits):
         """Weights times the cap's slope, which is 0 where the mask has hidden a logit. From the capped logits: what is kept
@@ -141,16 +134,7 @@ def place(settings: Settings, names, refs, backwards: bool) -> SimpleNamespace:
 
 def roles(x, compute, feed) -> None:
     """Which warpgroups do what."""
-
-    @pl.when(x.warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(REGISTERS, action="increase")
-        compute()
-
-    @pl.when(x.warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
-        feed()
+    gpu.roles(x.warpgroup, COMPUTE, compute, feed, (REGISTERS, FEEDER_REGISTERS))
 
 
 def spread(x, shape: tuple[int, int], axis: int):

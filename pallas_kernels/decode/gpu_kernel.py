@@ -16,7 +16,6 @@ bits: even and odd channels are multiplied apart.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpar.pallas_kernels import gpu
+from jaxpar.pallas_kernels.gpu import ACROSS, ALONG, LOG2
 from jaxpar.pallas_kernels.matmul.gpu_kernels import values
 
 COMPUTE = 2
@@ -36,10 +36,7 @@ CHUNK = 64
 """Channels of the result that leave together."""
 REGISTERS, FEEDER_REGISTERS = 240, 24
 """Of a thread that computes, and of one that feeds: 64512 in a block, and a multiprocessor has 65536."""
-LOG2 = math.log(2)
 WIDE = plgpu.Layout.WGMMA_UPCAST_4X
-ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-"""How numbers of rows, and of columns, lie over the threads that hold a product."""
 WIDENED = 64
 """Bytes of a token's codes that are widened at once; half of them, where they are multiplied by scales."""
 
@@ -100,14 +97,6 @@ class Settings:
     def width(self) -> int:
         """Channels of a part: what a token's keys have in memory, codes or floats."""
         return self.size // self.parts
-
-    def scaled(self, logits):
-        """Products of queries and keys scaled and capped, in units of log 2."""
-        if self.cap is None:
-            return logits * (self.scale / LOG2)
-        # tanh x = 1 - 2 / (e^2x + 1), of which an exponential is the chip's own.
-        bent = 1 - 2 / (jnp.exp2(logits * (2 * self.scale / self.cap / LOG2)) + 1)
-        return bent * (self.cap / LOG2)
 
 
 def scratch(settings: Settings) -> dict:
@@ -285,7 +274,7 @@ def decode(settings: Settings, names, *refs) -> None:
             plgpu.barrier_arrive(x.k_used.at[slot])
         if scales is not None:
             logits = logits * scales
-        logits = masked(settings, x, settings.scaled(logits), at, start)
+        logits = masked(settings, x, gpu.scaled(logits, settings.scale, settings.cap), at, start)
         before, top = top, jnp.maximum(top, jnp.max(logits, axis=1))
         # A row that has seen nothing yet has top = -inf; -inf - -inf would be NaN.
         level = jnp.where(top == -jnp.inf, 0.0, top)
@@ -376,12 +365,4 @@ def decode(settings: Settings, names, *refs) -> None:
 
                 copy(name, slot, pieces)
 
-    @pl.when(x.warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(REGISTERS, action="increase")
-        compute()
-
-    @pl.when(x.warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
-        feed()
+    gpu.roles(x.warpgroup, COMPUTE, compute, feed, (REGISTERS, FEEDER_REGISTERS))

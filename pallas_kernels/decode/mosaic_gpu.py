@@ -98,9 +98,18 @@ def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP
 
 def unwise(q, k, v, lens, *, table_BxP=None, **call) -> str | None:
     """Why None leaves a call to XLA: what has not been seen to be right on a chip is not chosen."""
-    if isinstance(k, Quantised) or table_BxP is not None:
-        kind = "in pages" if table_BxP is not None else f"in {k.format.name}"
-        return f"has run on a GPU with dense float caches only, so that only its name chooses it for one {kind}"
+    here = []
+    if isinstance(k, Quantised):
+        here.append(f"in {k.format.name}")
+    if table_BxP is not None:
+        here.append("in pages")
+    if (K := q.shape[-1]) > 128:
+        here.append(f"with a head size of {K}")
+    if here:
+        return (
+            f"has run on a GPU with dense float caches of head sizes 64 and 128 only, so that only its name chooses it for "
+            f"one {' '.join(here)}"
+        )
     return None
 
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpar.pallas_kernels import gpu
+from jaxpar.pallas_kernels.gpu import ACROSS, ALONG
 
 COMPUTE = 2
 """Warpgroups that multiply; the next one feeds them."""
@@ -29,8 +30,6 @@ CHUNK = 64
 """Columns of the result that leave together."""
 REGISTERS, FEEDER_REGISTERS = 232, 40
 """Of a thread that multiplies, and of one that feeds: 65536 in all."""
-ALONG, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-"""How numbers of rows, and of columns, lie over the threads that hold a product."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +84,7 @@ def place(names, refs) -> SimpleNamespace:
 
 def roles(x, multiply, feed) -> None:
     """Which warpgroups do what."""
-
-    @pl.when(x.warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(REGISTERS, action="increase")
-        multiply()
-
-    @pl.when(x.warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(FEEDER_REGISTERS, action="decrease")
-        feed()
+    gpu.roles(x.warpgroup, COMPUTE, multiply, feed, (REGISTERS, FEEDER_REGISTERS))
 
 
 def feed(x, settings: Settings, copies) -> None:

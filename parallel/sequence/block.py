@@ -8,7 +8,7 @@ are rounded to bfloat16 before they are summed lose more with each device (ring-
 from __future__ import annotations
 
 from jaxpar.pallas_kernels.attention import MaskSpec, attention
-from jaxpar.pallas_kernels.attention.api import attention_gradients as gradients
+from jaxpar.pallas_kernels.attention import attention_gradients as gradients
 from jaxpar.pallas_kernels.attention.block import dropped, masked_logits
 from jaxpar.parallel.sequence.merge import Partial
 

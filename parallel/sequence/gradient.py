@@ -1,8 +1,8 @@
 """The backward pass of every ring: a second ring, in which keys travel with the gradients that they collect.
 
 Liu et al. 2023, appendix A: device r keeps its queries, its output and its log-sum-exp, and nothing of other devices.
-Each block's share is of the implementation that its forward pass has. Gradients collect in float32. What the device's own keys collect at home is added when the rest comes back, so that keys
-and values make N - 1 hops, and so do their gradients.
+Each block's share is of the implementation that its forward pass has. Gradients collect in float32. What the device's own
+keys collect at home is added when the rest comes back, so that keys and values make N - 1 hops, and so do their gradients.
 """
 
 from __future__ import annotations

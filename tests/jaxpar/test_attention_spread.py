@@ -53,21 +53,11 @@ def gradients(name: str, mesh: str):
     return jax.device_get((found.loss_sum, found.grads))
 
 
-def test_the_kernel_on_eight_devices_is_xla_on_one(interpreted):
-    """Rows over data and fsdp, heads over tensor, one key/value head for two devices."""
-    (loss, grads), (kernel_loss, kernel_grads) = (
-        gradients(name, mesh) for name, mesh in (("xla", "data=1"), ("mosaic_tpu", "data=2,fsdp=2,tensor=2"))
-    )
-    np.testing.assert_allclose(kernel_loss, loss, rtol=1e-6)
-    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(kernel_grads), strict=True):
-        np.testing.assert_allclose(other, one, rtol=0, atol=3e-6 * max(np.abs(one).max(), 1e-3))
-
-
-def test_the_kernel_in_a_ring_is_xla_on_one_device(interpreted):
-    """Its blocks, forward and backward, where the tokens' axis is the only one of several devices."""
-    (loss, grads), (kernel_loss, kernel_grads) = (
-        gradients(name, mesh) for name, mesh in (("xla", "data=1"), ("mosaic_tpu", "sequence=2"))
-    )
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "sequence=2"])
+def test_the_kernel_on_several_devices_is_xla_on_one(interpreted, mesh):
+    """Rows over data and fsdp, heads over tensor, one key/value head for two devices; and the blocks of a ring, forward and
+    backward, where the tokens' axis is the only one of several devices."""
+    (loss, grads), (kernel_loss, kernel_grads) = gradients("xla", "data=1"), gradients("mosaic_tpu", mesh)
     np.testing.assert_allclose(kernel_loss, loss, rtol=1e-6)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(kernel_grads), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=3e-6 * max(np.abs(one).max(), 1e-3))

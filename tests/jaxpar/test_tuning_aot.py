@@ -83,6 +83,7 @@ def test_each_part_is_one_kernel_on_a_gpu(tmp_path):
         "quant_matmul, forward",
         "decode_attention, forward",
     ]
+    # Its kernels are those of the parts before it, or one more: what a process has compiled it does not compile again.
     del found["attention, backward"]
     for kernels in found.values():
         assert [len(names) for names in kernels] == [1, 1]

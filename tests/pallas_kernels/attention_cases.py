@@ -67,6 +67,13 @@ def float64(q, k, v, d_out, d_lse, seen, scale, cap=None, sinks=None):
     return out, lse, dq, dk, dv, np.sum(np.exp(sinks - top) / total * common, axis=(0, 2, 3))
 
 
+def no_worse(ours, others, unit: float, about) -> None:
+    """`errors` of ours at most 1.5 times those of another, or of the dtype's own rounding. The worst row is one number among
+    hundreds: it varies by more than the norm."""
+    for kept, x, y, times in zip(("norm", "row", "bias"), ours, others, (1, 3, 1), strict=True):
+        assert x <= times * max(1.5 * y, unit), (about, kept, x, y)
+
+
 def errors(found, expected) -> tuple[float, float, float]:
     """Relative Frobenius error, the worst row's error against the typical row, and the bias along the expected.
 

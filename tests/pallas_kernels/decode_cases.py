@@ -11,7 +11,7 @@ import numpy as np
 from jaxpar.pallas_kernels.decode import mosaic_tpu
 from jaxpar.pallas_kernels.decode.xla import gathered
 from jaxpar.pallas_kernels.formats.quantised import quantise
-from tests.pallas_kernels.attention_cases import float64
+from tests.pallas_kernels.attention_cases import errors, float64
 
 LAYERS, LAYER = 2, 1
 
@@ -94,3 +94,18 @@ def truth(case: Case, given):
         seen[b, t, s] = s <= index and (case.window is None or s > index - int(window))
     q = np.asarray(q.astype(jnp.float32))
     return float64(q, k, v, np.zeros_like(q), np.zeros((B, H, T)), seen, case.scale, case.cap)[:2]
+
+
+def check_data(kernel, case: Case, base, others, ceiling: float) -> None:
+    """The same program with other lengths, windows and tables: right, and another result than with `base`; of rows that hold
+    nothing exactly nothing."""
+    before = kernel(*base)
+    for other in others:
+        given = (*base[:3], *other)
+        found, expected = kernel(*given), truth(case, given)
+        if not np.isfinite(expected[1]).any():
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_array_equal(found[1], expected[1])
+        else:
+            assert errors(found[0], expected[0])[0] < ceiling
+            assert np.abs(np.asarray(found[0], np.float32) - np.asarray(before[0], np.float32)).max() > 0.01

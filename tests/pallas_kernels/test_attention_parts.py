@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpar.pallas_kernels import gpu
-from jaxpar.pallas_kernels.attention import MaskSpec, attention
-from jaxpar.pallas_kernels.attention.api import attention_gradients
+from jaxpar.pallas_kernels.attention import MaskSpec, attention, attention_gradients
 from jaxpar.pallas_kernels.attention.block import dropped
 from tests.pallas_kernels.attention_cases import draw, errors, float64, seen_by
 
