@@ -55,6 +55,7 @@ def kernel(
     *,
     grid: dict[str, int],
     warpgroups: int,
+    cluster: dict[str, int] | None = None,
     scratch=(),
     approximate=True,
     interpret=False,
@@ -67,6 +68,7 @@ def kernel(
       grid: how many blocks along each named axis; `jax.lax.axis_index` gives a block's place, and along "warpgroup" the
         warpgroup's.
       warpgroups: in each block.
+      cluster: how many blocks along each named axis of a cluster; each place of the grid is one.
       scratch: `plgpu.SMEM`, `plgpu.Barrier`; shared by the warpgroups of a block.
       approximate: take the chip's fast exp2, log2 and reciprocal.
     """
@@ -77,6 +79,8 @@ def kernel(
         scratch_types=list(scratch),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(cluster or {}),
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -230,6 +234,13 @@ class Sum:
         if self._ref is not None:
             return plgpu.wgmma_accumulator_load(self._ref, wait_n=after)
         return self._value
+
+
+def from_nothing(body: Callable, shapes, *, interpret=False):
+    """`body(*sums)` with a `Sum` for each shape, from nothing; as `in_flight`."""
+    if interpret:
+        return body(*(Sum(shape=shape) for shape in shapes))
+    return pl.run_scoped(lambda *refs: body(*map(Sum, refs)), *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def in_flight(body: Callable, fresh, carried, *, interpret=False) -> list:

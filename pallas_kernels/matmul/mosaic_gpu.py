@@ -3,8 +3,9 @@
     W8A8          int8 · int8 summed in int32, exactly, or e4m3 · e4m3 in float32; scales of rows and columns at the end.
                   The matrix unit wants both operands along K in memory: an operand that lies otherwise, as weights [K, N]
                   do in the forward product, is transposed before the kernel, a copy of a byte a value
-    W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened in shared memory: a quarter or a half of
-                  bfloat16's bytes are read, and as many operations done (Hopper multiplies no 4-bit operands)
+    W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened, for up to 64 rows of x in registers
+                  (`gpu_few_rows`), for more in shared memory: a quarter or a half of bfloat16's bytes are read, and as many
+                  operations done (Hopper multiplies no 4-bit operands)
 
 A byte holds the 4-bit weights of two neighbours along K; the even and the odd channels of x are multiplied with the low and
 the high halves.
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 from jaxpar.pallas_kernels import gpu, versions
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 from jaxpar.pallas_kernels.formats.scales import Float32
-from jaxpar.pallas_kernels.matmul import gpu_kernels
+from jaxpar.pallas_kernels.matmul import gpu_few_rows, gpu_kernels
+from jaxpar.pallas_kernels.matmul.gpu_few_rows import FewRowsTiles
 from jaxpar.pallas_kernels.matmul.gpu_kernels import COMPUTE, STEP
 from jaxpar.pallas_kernels.matmul.products import integer, integers, operands_name
 from jaxpar.pallas_kernels.tiles import Row, chip, look_up
@@ -53,10 +55,15 @@ EIGHT = (
     Row(HopperTiles(128, 128)),
 )
 SIXTEEN = (
-    Row(HopperTiles(64, 128, stages=3, blocks=132), most=(("rows", 64), ("bits", 4))),
-    Row(HopperTiles(64, 64, blocks=132), most=(("rows", 64),)),
     Row(HopperTiles(128, 128, stages=2), most=(("bits", 4),)),
     Row(HopperTiles(128, 64, stages=2)),
+)
+FEW_ROWS = (
+    Row(FewRowsTiles(4, stages=4), most=(("rows", 8), ("bits", 4))),
+    Row(FewRowsTiles(4, stages=3), most=(("rows", 16), ("bits", 4))),
+    Row(FewRowsTiles(2, stages=3), most=(("bits", 4),)),
+    Row(FewRowsTiles(4, stages=2), most=(("rows", 16),)),
+    Row(FewRowsTiles(2, stages=2)),
 )
 """Tiles by the rows of x, and by the bits of w. That they compile for Hopper GPUs and fit their registers is tested; which
 are fastest has not been measured."""
@@ -112,8 +119,10 @@ def _operand(q: Quantised):
 
 
 def table_of(a) -> tuple[Row, ...]:
-    """The block table of products with this x."""
-    return EIGHT if isinstance(a, Quantised) else SIXTEEN
+    """The block table of products with this x [M, K]."""
+    if isinstance(a, Quantised):
+        return EIGHT
+    return FEW_ROWS if a.shape[0] <= gpu_few_rows.MOST else SIXTEEN
 
 
 def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
@@ -122,7 +131,9 @@ def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
     return {"rows": a.shape[-3 - axes[0]], "columns": N, "sums": K, "bits": b.format.stored_bits}
 
 
-def product_mosaic_gpu(a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | None = None) -> jax.Array:
+def product_mosaic_gpu(
+    a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | FewRowsTiles | None = None
+) -> jax.Array:
     """`products.product` of operands without a `misfit`: [M, N] in `dtype`.
 
     Args:
@@ -130,12 +141,12 @@ def product_mosaic_gpu(a, b: Quantised, axes, dtype, *, interpret=False, tiles: 
       tiles: instead of those of the table.
     """
     M = a.shape[-3 - axes[0]]
-    run = _eight if isinstance(a, Quantised) else _sixteen
     if tiles is None:
         # What is tuned is the forward product.
         op = ("quant_matmul", "mosaic_gpu") if tuple(axes) == (-1, -2) else None
         name, sizes = operands_name(a, b, dtype), sizes_of(a, b, axes)
         tiles = look_up(table_of(a), versions.device_kind("cuda"), op=op, dtype=name, **sizes)
+    run = _few_rows if isinstance(tiles, FewRowsTiles) else _eight if isinstance(a, Quantised) else _sixteen
     return run(a, b, axes, dtype, tiles, gpu.interpreter(interpret))[:M]
 
 
@@ -167,6 +178,19 @@ def _eight(a, b, axes, dtype, tiles: HopperTiles, interpret):
     return _call(gpu_kernels.eight, settings, arrays, (M, N), grid, interpret)
 
 
+def _stored(w: Quantised) -> dict:
+    """The weights as kernels with a 16-bit x take them."""
+    return {
+        "codes": jax.lax.bitcast_convert_type(w.codes, jnp.int8),
+        "scales": jnp.broadcast_to(w.scales, (w.scales.shape[0], w.shape[1])),
+    }
+
+
+def _few_rows(x, w, axes, dtype, tiles: FewRowsTiles, interpret):
+    bits = w.format.element.bits
+    return gpu_few_rows.product(x, **_stored(w), bits=bits, dtype=dtype, tiles=tiles, interpret=interpret)
+
+
 def _sixteen(x, w, axes, dtype, tiles: HopperTiles, interpret):
     K, N = w.shape
     columns = tiles.columns if N % (COMPUTE * tiles.columns) == 0 else BLOCK // COMPUTE
@@ -193,8 +217,7 @@ def _sixteen(x, w, axes, dtype, tiles: HopperTiles, interpret):
     arrays = {
         "x_first": halves[0],
         "x_second": halves[1],
-        "codes": jax.lax.bitcast_convert_type(w.codes, jnp.int8),
-        "scales": jnp.broadcast_to(w.scales, (groups, N)),
+        **_stored(w),
     }
     parts = _call(gpu_kernels.sixteen, settings, arrays, (splits, M, N), {"split": splits} | grid, interpret)
     return parts[0] if splits == 1 else jnp.sum(parts, axis=0).astype(dtype)

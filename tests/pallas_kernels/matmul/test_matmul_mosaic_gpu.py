@@ -14,7 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.dispatch import explain
 from jaxpar.pallas_kernels.formats import get, quantise
-from jaxpar.pallas_kernels.matmul import PRODUCT, Operands, gpu_kernels, mosaic_gpu, product_reference, quant_matmul
+from jaxpar.pallas_kernels.matmul import (
+    PRODUCT,
+    Operands,
+    gpu_few_rows,
+    gpu_kernels,
+    gpu_registers,
+    mosaic_gpu,
+    product_reference,
+    quant_matmul,
+)
 from jaxpar.pallas_kernels.matmul.products import product
 
 pytestmark = pytest.mark.quick
@@ -27,8 +36,10 @@ FORMATS = {
     "fp8": ("fp8_e4m3_row", "fp8_e4m3_row"),
     "w4a16": (None, "int4_g128"),
     "w8a16": (None, "int8_row"),
+    "few rows, w4a16": (None, "int4_g128"),
+    "few rows, w8a16": (None, "int8_g128"),
 }
-ROWS = {"w8a8": 260, "fp8": 20, "w4a16": 20, "w8a16": 130}
+ROWS = {"w8a8": 260, "fp8": 20, "w4a16": 20, "w8a16": 130, "few rows, w4a16": 9, "few rows, w8a16": 1}
 """Two blocks of rows, the last not whole, or less than one."""
 TILES = {
     "w8a8": mosaic_gpu.HopperTiles(128, 64, stages=2),
@@ -36,21 +47,24 @@ TILES = {
     # K in two parts.
     "w4a16": mosaic_gpu.HopperTiles(64, 64, stages=2, blocks=4),
     "w8a16": mosaic_gpu.HopperTiles(128, 64, stages=2),
+    # Two warpgroups in each of two blocks of a cluster; two warpgroups, with steps that they do not divide.
+    "few rows, w4a16": mosaic_gpu.FewRowsTiles(2, stages=2, blocks=4),
+    "few rows, w8a16": mosaic_gpu.FewRowsTiles(2, stages=2, blocks=1),
 }
-COLUMNS = 128
-SUMS = {"w4a16": 1024}
+COLUMNS = {"few rows, w4a16": 256}
+SUMS = {"w4a16": 1024, "few rows, w4a16": 1536, "few rows, w8a16": 896}
 """Steps along K are at least 3, more than there are places."""
 
 
 def operands(kind: str):
     """`(x, w, value of their product)`: x and w are in their formats."""
     rng = np.random.default_rng(0)
-    M, K = ROWS[kind], SUMS.get(kind, 384)
-    x, w = rng.standard_normal((M, K)), rng.standard_normal((K, COLUMNS))
+    M, K, N = ROWS[kind], SUMS.get(kind, 384), COLUMNS.get(kind, 128)
+    x, w = rng.standard_normal((M, K)), rng.standard_normal((K, N))
     # Channels, rows and columns that stand out: which scale belongs to which shows.
     x[:, [5, 300]] *= 20
     x *= np.exp(rng.standard_normal((M, 1)))
-    w *= np.exp(rng.standard_normal((K // 128, 1, COLUMNS))).repeat(128, 1).reshape(K, COLUMNS)
+    w *= np.exp(rng.standard_normal((K // 128, 1, N))).repeat(128, 1).reshape(K, N)
     x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.float32)
     inputs, weights = FORMATS[kind]
     a, b = x if inputs is None else quantise(x, inputs), quantise(w, weights, 0)
@@ -102,6 +116,20 @@ BROKEN = [
     ("w8a16", "k * STEP + half * HALF", "k * STEP"),
     ("w8a16", "(k * parts + part) * HALF", "k * parts * HALF"),
     ("w8a16", "pl.ds(x.row * rows, settings.there)", "pl.ds(0, settings.there)"),
+    ("few rows, w4a16", "x.scales.at[lax.div(k * STEP, s.group), here]", "x.scales.at[0, here]"),
+    ("few rows, w4a16", 'lax.axis_index("column") * COLUMNS', "0"),
+    ("few rows, w4a16", "worker + n * s.workers", "n * s.workers"),
+    ("few rows, w4a16", "s.steps - worker + s.workers - 1", "s.steps - worker"),
+    ("few rows, w4a16", "k * STEP + half * HALF", "k * STEP"),
+    ("few rows, w4a16", "x.sums.at[n]", "x.sums.at[0]"),
+    ("few rows, w4a16", "part * lax.broadcast_in_dim(scale, part.shape, [0])", "part"),
+    (
+        "few rows, w4a16",
+        "copy_smem_to_gmem(x.out_tile.at[pl.ds(start, some)]",
+        "copy_smem_to_gmem(x.out_tile.at[pl.ds(0, some)]",
+    ),
+    ("few rows, w4a16", "x.out.at[pl.ds(row, some), here]", "x.out.at[pl.ds(0, some), here]"),
+    ("few rows, w8a16", "total + part *", "part *"),
 ]
 RACES = [
     ("w8a16", "plgpu.barrier_wait(x.used.at[slot])", "pass"),
@@ -110,19 +138,22 @@ RACES = [
         "        plgpu.commit_smem()\n        plgpu.barrier_arrive(x.used",
         "        plgpu.barrier_arrive(x.used",
     ),
+    ("few rows, w4a16", "plgpu.barrier_wait(x.ready.at[warpgroup * s.stages + slot])", "pass"),
+    ("few rows, w4a16", "plgpu.barrier_wait(x.all_here)", "pass"),
 ]
 
 
 def broken(line: str, instead: str) -> types.ModuleType:
     """`mosaic_gpu` with this in a kernel."""
-    source = inspect.getsource(gpu_kernels)
-    assert source.count(line) == 1
-    kernels = types.ModuleType(gpu_kernels.__name__)
-    # Its dataclass looks its module up by name.
-    exec(compile(source.replace(line, instead), "broken", "exec"), kernels.__dict__)
     mutant = types.ModuleType(mosaic_gpu.__name__)
     exec(compile(inspect.getsource(mosaic_gpu), "mutant", "exec"), mutant.__dict__)
-    mutant.gpu_kernels = kernels
+    (kernels,) = (one for one in (gpu_kernels, gpu_few_rows) if line in inspect.getsource(one))
+    source = inspect.getsource(kernels)
+    assert source.count(line) == 1
+    changed = types.ModuleType(kernels.__name__)
+    # Its dataclasses look their module up by name.
+    exec(compile(source.replace(line, instead), "broken", "exec"), changed.__dict__)
+    setattr(mutant, kernels.__name__.rsplit(".", 1)[1], changed)
     return mutant
 
 

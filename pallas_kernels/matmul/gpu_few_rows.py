@@ -1,0 +1,223 @@
+"""Products of a few rows of x with weights in 4 or 8 bits for Hopper GPUs: what is fast is what waits for nothing but w.
+
+The transposed product yᵀ = wᵀ · xᵀ is computed: the matrix instruction takes 64 rows of its first operand and that from
+registers, so that codes are widened from shared memory into registers and multiplied there (`gpu_registers`), and 8 or more
+columns of its second one, which x's rows are. The scales of a step's group are behind its sum.
+
+A block has `COLUMNS` columns of w and some warpgroups, each on its own: it copies the codes, scales and x of its steps along K
+ahead, and sums its steps. Blocks of a cluster share columns and divide K. In the end each block gets some rows of all the
+sums, adds them up and writes them: there is one kernel, whose result depends on no order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxpar.pallas_kernels import gpu, versions
+from jaxpar.pallas_kernels.matmul import gpu_registers as registers
+from jaxpar.pallas_kernels.matmul.gpu_registers import COLUMNS, HALF
+
+STEP = 2 * HALF
+"""Of K."""
+MOST = 64
+"""Rows of x."""
+CLUSTER = 8
+"""Blocks that a cluster may have on any Hopper GPU."""
+
+
+@dataclass(frozen=True)
+class FewRowsTiles:
+    """How K is divided.
+
+    Attributes:
+      warpgroups: of a block.
+      stages: steps along K that each warpgroup is ahead.
+      blocks: K is cut, into up to `CLUSTER` parts, where no more blocks than this come of it.
+    """
+
+    warpgroups: int = 4
+    stages: int = 4
+    blocks: int = 132
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the kernel knows before it is traced.
+
+    Attributes:
+      there: rows of x; `rows`: up to a multiple of 8.
+      warpgroups: of a block.
+      splits: blocks of a cluster.
+      stages: steps that a warpgroup may be ahead.
+      steps: along all of K.
+      group: values along K that share a scale of w.
+      bits: of w's codes: 4 or 8.
+      dtype: of the result.
+      interpret: whether the kernel will run in the interpreter, which has no clusters.
+    """
+
+    there: int
+    warpgroups: int
+    splits: int
+    stages: int
+    steps: int
+    group: int
+    bits: int
+    dtype: jnp.dtype
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        return -(-self.there // 8) * 8
+
+    @property
+    def share(self) -> int:
+        """Rows that each block of a cluster adds up."""
+        return self.rows // self.splits
+
+    @property
+    def workers(self) -> int:
+        """Warpgroups of a cluster."""
+        return self.warpgroups * self.splits
+
+    @property
+    def codes(self) -> int:
+        """Rows of codes of a step."""
+        return STEP * self.bits // 8
+
+    def scratch(self) -> dict:
+        slots = (self.warpgroups, self.stages)
+        return {
+            "codes_tile": plgpu.SMEM((*slots, self.codes, COLUMNS), jnp.int8, transforms=registers.CODES.transforms),
+            "x_tile": plgpu.SMEM((*slots, 2, self.rows, HALF), jnp.bfloat16),
+            "w_scales": plgpu.SMEM((*slots, COLUMNS), jnp.float32),
+            "sums": plgpu.SMEM((self.workers, self.share, COLUMNS), jnp.float32),
+            "out_tile": plgpu.SMEM((self.share, COLUMNS), self.dtype),
+            # A step's codes, scales and two halves of x.
+            "ready": plgpu.Barrier(num_arrivals=4, num_barriers=math.prod(slots)),
+            "all_here": plgpu.Barrier(num_arrivals=self.warpgroups),
+        }
+
+
+def few_rows(settings: Settings, names, *refs) -> None:
+    """`x [M, K] · w [K, N]`, x in bfloat16 and w in 4 or 8 bits with a scale for each group of values along K."""
+    x = SimpleNamespace(**dict(zip(names, refs, strict=True)))
+    s, bits, interpret = settings, settings.bits, settings.interpret
+    here = pl.ds(lax.axis_index("column") * COLUMNS, COLUMNS)
+    warpgroup = lax.axis_index("warpgroup")
+    split = 0 if interpret or s.splits == 1 else lax.axis_index("split")
+    # Steps are dealt out one by one.
+    worker = split * s.warpgroups + warpgroup
+    count = lax.div(s.steps - worker + s.workers - 1, s.workers)
+
+    def fetch(n, slot):
+        k = worker + n * s.workers
+        ready = x.ready.at[warpgroup * s.stages + slot]
+        plgpu.copy_gmem_to_smem(x.codes.at[pl.ds(k * s.codes, s.codes), here], x.codes_tile.at[warpgroup, slot], ready)
+        plgpu.copy_gmem_to_smem(x.scales.at[lax.div(k * STEP, s.group), here], x.w_scales.at[warpgroup, slot], ready)
+        for half in range(2):
+            to = x.x_tile.at[warpgroup, slot, half]
+            plgpu.copy_gmem_to_smem(x.x.at[:, pl.ds(k * STEP + half * HALF, HALF)], to, ready)
+
+    def products(slot, first, second):
+        for half in range(2):
+            parts = registers.operand(bits, half, x.codes_tile.at[warpgroup, slot], interpret=interpret)
+            for total, part in zip((first, second), parts, strict=True):
+                total.add(part, x.x_tile.at[warpgroup, slot, half], transposed=True)
+        return first.value(), second.value()
+
+    def step(n, totals):
+        slot = lax.rem(n, s.stages)
+        plgpu.barrier_wait(x.ready.at[warpgroup * s.stages + slot])
+        sums = gpu.from_nothing(lambda *two: products(slot, *two), [(64, s.rows)] * 2, interpret=interpret)
+        scales = registers.scales(bits, x.w_scales.at[warpgroup, slot], interpret=interpret)
+        totals = [
+            total + part * lax.broadcast_in_dim(scale, part.shape, [0])
+            for total, part, scale in zip(totals, sums, scales, strict=True)
+        ]
+        # All threads have read what the next copy overwrites.
+        plgpu.commit_smem()
+
+        @pl.when(n + s.stages < count)
+        def _():
+            fetch(n + s.stages, slot)
+
+        return totals
+
+    for n in range(s.stages):
+        pl.when(n < count)(lambda n=n: fetch(n, n))
+    totals = lax.fori_loop(0, count, step, [gpu.zeros((64, s.rows)) for _ in range(2)])
+    registers.send(bits, totals, x.sums.at[worker], s.share, interpret=interpret)
+    if interpret:
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(x.all_here)
+        plgpu.barrier_wait(x.all_here)
+    else:
+        registers.meet()
+
+    @pl.when(warpgroup == 0)
+    def _():
+        layout = plgpu.Layout.WG_STRIDED((s.share, COLUMNS), vec_size=math.gcd(s.share, 4))
+        total = gpu.load(x.sums.at[0], layout)
+        for n in range(1, s.workers):
+            total += gpu.load(x.sums.at[n], layout)
+        x.out_tile[...] = total.astype(s.dtype)
+        plgpu.commit_smem()
+        # Rows that there are not are not written.
+        some = math.gcd(s.share, s.there)
+        for start in range(0, s.share, some):
+            row = split * s.share + start
+
+            @pl.when(row < s.there)
+            def _(start=start, row=row):
+                plgpu.copy_smem_to_gmem(x.out_tile.at[pl.ds(start, some)], x.out.at[pl.ds(row, some), here])
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def splits(tiles: FewRowsTiles, steps: int, columns: int) -> int:
+    """In how many parts K is cut: a power of two, that each warpgroup has a step and there are `tiles.blocks` blocks at most."""
+    count = 1
+    while 2 * count <= min(CLUSTER, tiles.blocks // columns, steps // tiles.warpgroups):
+        count *= 2
+    return count
+
+
+def product(x, codes, scales, *, bits: int, dtype, tiles: FewRowsTiles, interpret) -> jax.Array:
+    """`x · w`, [M, N] in `dtype`.
+
+    Args:
+      x: bfloat16 [M, K], M up to `MOST`.
+      codes: int8 [K · bits / 8, N], packed.
+      scales: float32 [groups, N].
+    """
+    (M, K), N = x.shape, codes.shape[1]
+    parts = splits(tiles, K // STEP, N // COLUMNS)
+    warpgroups = tiles.warpgroups
+    if interpret:
+        # What a cluster's blocks are on the chip is one block.
+        warpgroups, parts = warpgroups * parts, 1
+    settings = Settings(
+        M, warpgroups, parts, tiles.stages, K // STEP, K // scales.shape[0], bits, jnp.dtype(dtype), bool(interpret)
+    )
+    arrays = {"codes": codes, "scales": scales, "x": jnp.pad(x, ((0, settings.rows - M), (0, 0)))}
+    scratch = settings.scratch()
+    call = gpu.kernel(
+        lambda *refs: few_rows(settings, (*arrays, "out", *scratch), *refs),
+        [versions.out_shape((M, N), dtype, *arrays.values())],
+        grid={"column": N // COLUMNS},
+        cluster={"split": parts} if parts > 1 else {},
+        warpgroups=warpgroups,
+        scratch=scratch.values(),
+        interpret=interpret,
+        name="quant_matmul_few_rows",
+    )
+    return call(*arrays.values())[0]

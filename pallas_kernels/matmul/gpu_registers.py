@@ -1,0 +1,230 @@
+"""How codes [K, columns] of 4 or 8 bits become the first operand of Hopper's matrix instruction, which it takes from registers.
+
+The instruction wants wᵀ: a thread has pairs of neighbours along K, of two columns eight apart (PTX ISA, "Register Fragments
+for wgmma.mma_async.m64nNk16"). Codes lie along columns in memory. A thread reads four columns of a row at once, a word, and
+gives them to two products of 64 columns, two each: which column is which row of a product is free, where the result's rows
+are put back. A byte of 4-bit codes is a pair along K already; of 8-bit codes two rows make pairs.
+
+    column = 16 · chunk + 4 · (lane / 4 % 4) + 2 · product + half        row of the product = 16 · warp + 8 · half + lane / 4
+    chunk  = warp + 4 · (lane / 16)   of 4 bits                          2 · warp + lane / 16   of 8 bits
+
+so that the 32 words that a warp reads lie in different banks of shared memory, in its pattern of 128 bytes.
+
+Functions marked `interpret` say the same to Pallas' interpreter, which has no registers.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from jaxpar.pallas_kernels import gpu
+from jaxpar.pallas_kernels.gpu import ALONG
+
+COLUMNS = 128
+"""Of a warpgroup: two products."""
+HALF = 64
+"""Of K, of one product's operand in registers."""
+CODES = plgpu.RefType((plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128)))
+"""How codes lie in shared memory: rows of 128 bytes, 16 bytes of which go to place (chunk xor row % 8)."""
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _c(value: int):
+    return utils.c(value, _i32())
+
+
+def _asm(text: str, constraints: str, *operands, effects=False):
+    out = _i32() if constraints.startswith("=") else ir.Type.parse("!llvm.void")
+    return llvm.inline_asm(out, list(operands), text, constraints, asm_dialect=0, has_side_effects=effects)
+
+
+def _place(bits: int):
+    """(chunk, first column / 4 in it, lane % 4) of this thread, i32."""
+    thread = utils.thread_idx()
+    lane = lambda by, size: arith.andi(arith.shrui(thread, _c(by)), _c(size - 1))
+    warp, high = lane(5, 4), lane(4, 2)
+    chunk = arith.addi(warp, arith.shli(high, _c(2))) if bits == 4 else arith.addi(high, arith.shli(warp, _c(1)))
+    return chunk, lane(2, 4), lane(0, 4)
+
+
+def _at(pointer, offset, kind):
+    return llvm.load(kind, utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8)))
+
+
+def _bytes(a, b, i: int):
+    """Byte i of a in the lower half of a word, and of b in the upper."""
+    return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", a, b, _c((4 + i) * 0x1100 + i * 0x11))
+
+
+def _less(a, b):
+    two = ir.VectorType.get((2,), ir.BF16Type.get())
+    return utils.bitcast(_asm("sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b), two)
+
+
+def _pair(bits: int, word):
+    """Two bfloat16 from codes in the lower bytes of a word's halves: 128 + n is 0x4300 + n for n < 128, and exact."""
+    if bits == 4:
+        return _less(arith.xori(arith.andi(word, _c(0x000F000F)), _c(0x43084308)), _c(0x43084308))
+    # Without its sign, less 128 or 256 - 128.
+    size = arith.ori(arith.andi(word, _c(0x007F007F)), _c(0x43004300))
+    return _less(size, arith.ori(arith.andi(word, _c(0x00800080)), _c(0x43004300)))
+
+
+def operand(bits: int, half: int, codes, *, interpret=False):
+    """wᵀ of two products, bfloat16 [64, HALF] each.
+
+    Args:
+      half: of the step: 0 or 1.
+      codes: a reference to int8 [2 · HALF · bits / 8, COLUMNS] in shared memory.
+    """
+    if interpret:
+        return _interpreted(bits, half, codes[...])
+    out = plgpu.ShapeDtypeStruct((64, HALF), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+    def load(ctx, ref):
+        del ctx
+        pointer = utils.memref_ptr(ref)
+        chunk, column, q = _place(bits)
+        # Rows of the first and the second word; all others are whole eights below, in the same places.
+        first = (
+            (q, arith.addi(q, _c(4))) if bits == 4 else (arith.shli(q, _c(1)), arith.ori(arith.shli(q, _c(1)), _c(1)))
+        )
+        starts = []
+        for row in first:
+            there = arith.shli(arith.xori(chunk, row), _c(4))
+            starts.append(arith.addi(arith.addi(arith.shli(row, _c(7)), there), arith.shli(column, _c(2))))
+        word = lambda start, eight: _at(pointer, arith.addi(start, _c(eight * 8 * COLUMNS)), _i32())
+        found = []
+        for piece in range(HALF // 8):  # eight of K
+            eights = half * HALF // 8 + piece
+            if bits == 4:
+                # Eight bytes along K are sixteen values.
+                low = word(starts[piece % 2], eights // 2)
+                words = low, arith.shrui(low, _c(4))
+            else:
+                words = [word(start, eights) for start in starts]
+            found.append([_pair(bits, _bytes(*words, i)) for i in range(4)])
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        shape = layout.registers_shape((64, HALF))
+        return tuple(
+            mgpu.FragmentedArray(
+                _registers=np.array([one[2 * product : 2 * product + 2] for one in found]).reshape(shape),
+                _layout=layout,
+                _is_signed=None,
+            )
+            for product in (0, 1)
+        )
+
+    return plgpu.inline_mgpu(arg_types=(CODES,), return_type=(out, out))(load)(codes)
+
+
+def scales(bits: int, ref, *, interpret=False):
+    """float32 [64] of the rows of two products, from a reference to [COLUMNS]."""
+    if interpret:
+        return _products(bits, ref[...])
+    out = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ALONG)
+
+    def load(ctx, ref):
+        del ctx
+        chunk, column, _ = _place(bits)
+        start = arith.addi(arith.shli(chunk, _c(6)), arith.shli(column, _c(4)))
+        f32 = ir.F32Type.get()
+        four = _at(utils.memref_ptr(ref), start, ir.VectorType.get((4,), f32))
+        layout = ALONG.to_mgpu()
+        one = lambda i: utils.vector_slice(four, slice(i, i + 1))
+        return tuple(
+            mgpu.FragmentedArray(
+                _registers=np.array([one(2 * product), one(2 * product + 1)]).reshape(layout.registers_shape((64,))),
+                _layout=layout,
+                _is_signed=None,
+            )
+            for product in (0, 1)
+        )
+
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(out, out))(load)(ref)
+
+
+def send(bits: int, products, to, rows: int, *, interpret=False) -> None:
+    """Two products [64, R] float32 as [R, COLUMNS]: block n of the cluster gets rows n · rows to (n + 1) · rows.
+
+    Args:
+      to: a reference to [rows, COLUMNS] in shared memory; the same place in each block's.
+    """
+    if interpret:
+        to[...] = _whole(bits, products)
+        return
+
+    def store(ctx, first, second, ref):
+        del ctx
+        chunk, column, q = _place(bits)
+        start = arith.addi(arith.shli(chunk, _c(6)), arith.shli(column, _c(4)))
+        base = arith.addi(llvm.ptrtoint(_i32(), utils.memref_ptr(ref)), start)
+        f32 = ir.F32Type.get()
+        parts = [one.registers.reshape(-1, 2) for one in (first, second)]
+        for eight in range(parts[0].shape[0]):
+            four = [part[eight, half] for part in parts for half in (0, 1)]
+            for e in (0, 1):
+                row = arith.addi(arith.shli(q, _c(1)), _c(8 * eight + e))
+                block = arith.divui(row, _c(rows))
+                here = arith.addi(base, arith.muli(arith.remui(row, _c(rows)), _c(4 * COLUMNS)))
+                there = _asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", here, block)
+                values = [llvm.extractelement(f32_vector, _c(e)) for f32_vector in four]
+                _asm(
+                    "st.shared::cluster.v4.f32 [$0], {$1, $2, $3, $4};",
+                    "r,f,f,f,f,~{memory}",
+                    there,
+                    *values,
+                    effects=True,
+                )
+        del f32
+
+    layout = plgpu.Layout.WGMMA
+    plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType()), return_type=())(store)(*products, to)
+
+
+def meet() -> None:
+    """All threads of the cluster's blocks are here, and what they have sent."""
+
+    def wait(ctx):
+        del ctx
+        for what in ("arrive.release", "wait.acquire"):
+            _asm(f"barrier.cluster.{what}.aligned;", "~{memory}", effects=True)
+
+    plgpu.inline_mgpu(arg_types=(), return_type=())(wait)()
+
+
+def _digits(bits: int):
+    """Sizes of a column's digits, and which of them are (product, warp, half, lane / 16, lane / 4 % 4)."""
+    return ((2, 4, 4, 2, 2), (3, 1, 4, 0, 2)) if bits == 4 else ((4, 2, 4, 2, 2), (3, 0, 4, 1, 2))
+
+
+def _products(bits: int, x):
+    """[COLUMNS, ...] as two of [64, ...]."""
+    sizes, order = _digits(bits)
+    rest = tuple(range(5, 4 + x.ndim))
+    parts = x.reshape(*sizes, *x.shape[1:]).transpose(*order, *rest).reshape(2, 64, *x.shape[1:])
+    return parts[0], parts[1]
+
+
+def _whole(bits: int, products):
+    """Two of [64, R] as [R, COLUMNS]."""
+    sizes, order = _digits(bits)
+    x = jnp.stack(products).reshape(*(sizes[n] for n in order), -1)
+    return x.transpose(*(order.index(n) for n in range(5)), 5).reshape(COLUMNS, -1).T
+
+
+def _interpreted(bits: int, half: int, codes):
+    rows = codes.shape[0] // 2
+    codes = codes[half * rows : (half + 1) * rows].astype(jnp.int32)
+    if bits == 4:
+        codes = jnp.stack([((codes & 15) ^ 8) - 8, codes >> 4], 1).reshape(HALF, COLUMNS)
+    return _products(bits, codes.astype(jnp.bfloat16).T)
