@@ -97,12 +97,12 @@ class Settings:
         slots = (self.warpgroups, self.stages)
         return {
             "codes_tile": plgpu.SMEM((*slots, self.codes, COLUMNS), jnp.int8, transforms=registers.CODES.transforms),
-            "x_tile": plgpu.SMEM((*slots, 2, self.rows, HALF), jnp.bfloat16),
+            "x_tile": plgpu.SMEM((*slots, 2, self.rows, HALF), jnp.bfloat16, transforms=registers.ROWS.transforms),
             "w_scales": plgpu.SMEM((*slots, COLUMNS), jnp.float32),
             "sums": plgpu.SMEM((self.workers, self.share, COLUMNS), jnp.float32),
             "out_tile": plgpu.SMEM((self.share, COLUMNS), self.dtype),
-            # A step's codes, scales and two halves of x.
-            "ready": plgpu.Barrier(num_arrivals=4, num_barriers=math.prod(slots)),
+            # A step's codes and scales.
+            "ready": plgpu.Barrier(num_arrivals=2, num_barriers=math.prod(slots)),
             "all_here": plgpu.Barrier(num_arrivals=self.warpgroups),
         }
 
@@ -119,13 +119,17 @@ def few_rows(settings: Settings, names, *refs) -> None:
     count = lax.div(s.steps - worker + s.workers - 1, s.workers)
 
     def fetch(n, slot):
-        k = worker + n * s.workers
-        ready = x.ready.at[warpgroup * s.stages + slot]
-        plgpu.copy_gmem_to_smem(x.codes.at[pl.ds(k * s.codes, s.codes), here], x.codes_tile.at[warpgroup, slot], ready)
-        plgpu.copy_gmem_to_smem(x.scales.at[lax.div(k * STEP, s.group), here], x.w_scales.at[warpgroup, slot], ready)
-        for half in range(2):
-            to = x.x_tile.at[warpgroup, slot, half]
-            plgpu.copy_gmem_to_smem(x.x.at[:, pl.ds(k * STEP + half * HALF, HALF)], to, ready)
+        @pl.when(n < count)
+        def _():
+            k = worker + n * s.workers
+            rows, ready = pl.ds(k * s.codes, s.codes), x.ready.at[warpgroup * s.stages + slot]
+            plgpu.copy_gmem_to_smem(x.codes.at[rows, here], x.codes_tile.at[warpgroup, slot], ready)
+            scales = x.scales.at[lax.div(k * STEP, s.group), here]
+            plgpu.copy_gmem_to_smem(scales, x.w_scales.at[warpgroup, slot], ready)
+            along = x.x.at[:, pl.ds(k * STEP, STEP)]
+            registers.begin(along, x.x_tile.at[warpgroup, slot], interpret=interpret)
+
+        registers.begun(interpret=interpret)
 
     def products(slot, first, second):
         for half in range(2):
@@ -137,6 +141,7 @@ def few_rows(settings: Settings, names, *refs) -> None:
     def step(n, totals):
         slot = lax.rem(n, s.stages)
         plgpu.barrier_wait(x.ready.at[warpgroup * s.stages + slot])
+        registers.arrived(s.stages - 1, interpret=interpret)
         sums = gpu.from_nothing(lambda *two: products(slot, *two), [(64, s.rows)] * 2, interpret=interpret)
         scales = registers.scales(bits, x.w_scales.at[warpgroup, slot], interpret=interpret)
         totals = [
@@ -146,14 +151,11 @@ def few_rows(settings: Settings, names, *refs) -> None:
         # All threads have read what the next copy overwrites.
         plgpu.commit_smem()
 
-        @pl.when(n + s.stages < count)
-        def _():
-            fetch(n + s.stages, slot)
-
+        fetch(n + s.stages, slot)
         return totals
 
     for n in range(s.stages):
-        pl.when(n < count)(lambda n=n: fetch(n, n))
+        fetch(n, n)
     totals = lax.fori_loop(0, count, step, [gpu.zeros((64, s.rows)) for _ in range(2)])
     registers.send(bits, totals, x.sums.at[worker], s.share, interpret=interpret)
     if interpret:
@@ -208,7 +210,7 @@ def product(x, codes, scales, *, bits: int, dtype, tiles: FewRowsTiles, interpre
     settings = Settings(
         M, warpgroups, parts, tiles.stages, K // STEP, K // scales.shape[0], bits, jnp.dtype(dtype), bool(interpret)
     )
-    arrays = {"codes": codes, "scales": scales, "x": jnp.pad(x, ((0, settings.rows - M), (0, 0)))}
+    arrays = {"codes": codes, "scales": scales, "x": x}
     scratch = settings.scratch()
     call = gpu.kernel(
         lambda *refs: few_rows(settings, (*arrays, "out", *scratch), *refs),

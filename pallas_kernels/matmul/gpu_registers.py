@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.gpu import ALONG
 
 COLUMNS = 128
@@ -31,7 +30,8 @@ COLUMNS = 128
 HALF = 64
 """Of K, of one product's operand in registers."""
 CODES = plgpu.RefType((plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128)))
-"""How codes lie in shared memory: rows of 128 bytes, 16 bytes of which go to place (chunk xor row % 8)."""
+ROWS = plgpu.RefType((plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(128)))
+"""How codes, and x, lie in shared memory: rows of 128 bytes, 16 bytes of which go to place (chunk xor row % 8)."""
 
 
 def _i32():
@@ -168,7 +168,6 @@ def send(bits: int, products, to, rows: int, *, interpret=False) -> None:
         chunk, column, q = _place(bits)
         start = arith.addi(arith.shli(chunk, _c(6)), arith.shli(column, _c(4)))
         base = arith.addi(llvm.ptrtoint(_i32(), utils.memref_ptr(ref)), start)
-        f32 = ir.F32Type.get()
         parts = [one.registers.reshape(-1, 2) for one in (first, second)]
         for eight in range(parts[0].shape[0]):
             four = [part[eight, half] for part in parts for half in (0, 1)]
@@ -177,7 +176,7 @@ def send(bits: int, products, to, rows: int, *, interpret=False) -> None:
                 block = arith.divui(row, _c(rows))
                 here = arith.addi(base, arith.muli(arith.remui(row, _c(rows)), _c(4 * COLUMNS)))
                 there = _asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", here, block)
-                values = [llvm.extractelement(f32_vector, _c(e)) for f32_vector in four]
+                values = [llvm.extractelement(pair, _c(e)) for pair in four]
                 _asm(
                     "st.shared::cluster.v4.f32 [$0], {$1, $2, $3, $4};",
                     "r,f,f,f,f,~{memory}",
@@ -185,7 +184,6 @@ def send(bits: int, products, to, rows: int, *, interpret=False) -> None:
                     *values,
                     effects=True,
                 )
-        del f32
 
     layout = plgpu.Layout.WGMMA
     plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType()), return_type=())(store)(*products, to)
@@ -200,6 +198,58 @@ def meet() -> None:
             _asm(f"barrier.cluster.{what}.aligned;", "~{memory}", effects=True)
 
     plgpu.inline_mgpu(arg_types=(), return_type=())(wait)()
+
+
+def begin(x, tile, *, interpret=False) -> None:
+    """Begin to copy M rows of x, bfloat16 [M, 2 · HALF] in global memory, to `tile`, [2, R, HALF] in shared memory.
+
+    Tensor copies are of eight rows at least, and to pad x to them were a kernel of its own. Other rows of the tile stay what
+    they are, which no row that there is sees.
+    """
+    there, rows = x.shape[0], tile.shape[1]
+    if interpret:
+        halves = x[...].reshape(there, 2, HALF).swapaxes(0, 1)
+        tile[...] = jnp.pad(halves, ((0, 0), (0, rows - there), (0, 0)))
+        return
+
+    def copy(ctx, source, to):
+        del ctx
+        i64 = ir.IntegerType.get_signless(64)
+        thread = utils.thread_idx()
+        # A thread has 16 bytes of each eighth row.
+        row, chunk = arith.andi(arith.shrui(thread, _c(4)), _c(7)), arith.andi(thread, _c(15))
+        stride = 2 * ir.MemRefType(source.type).get_strides_and_offset()[0][0]
+        start = arith.addi(arith.muli(row, _c(stride)), arith.shli(chunk, _c(4)))
+        source = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(source)), arith.extui(i64, start))
+        place = arith.xori(arith.andi(chunk, _c(7)), row)
+        half = arith.muli(arith.shrui(chunk, _c(3)), _c(rows * 2 * HALF))
+        start = arith.addi(arith.addi(half, arith.shli(row, _c(7))), arith.shli(place, _c(4)))
+        to = arith.addi(llvm.ptrtoint(_i32(), utils.memref_ptr(to)), start)
+        for eight in range(rows // 8):
+            _asm(
+                "{ .reg .pred p; setp.lt.u32 p, $2, $3; @p cp.async.cg.shared.global [$0], [$1], 16; }",
+                "r,l,r,n,~{memory}",
+                arith.addi(to, _c(eight * 8 * 2 * HALF)),
+                arith.addi(source, utils.c(eight * 8 * stride, i64)),
+                row,
+                _c(there - 8 * eight),
+                effects=True,
+            )
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROWS), return_type=())(copy)(x, tile)
+
+
+def begun(*, interpret=False) -> None:
+    """What was begun since the last call is one group of copies, or none."""
+    if not interpret:
+        plgpu.inline_mgpu()(lambda ctx: _asm("cp.async.commit_group;", "~{memory}", effects=True) and None)()
+
+
+def arrived(but: int, *, interpret=False) -> None:
+    """Wait until all groups of this warpgroup's copies but the last so many are done, and seen by the matrix unit."""
+    if not interpret:
+        plgpu.inline_mgpu()(lambda ctx: _asm(f"cp.async.wait_group {but};", "~{memory}", effects=True) and None)()
+        plgpu.commit_smem()
 
 
 def _digits(bits: int):
