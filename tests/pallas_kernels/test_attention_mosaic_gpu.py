@@ -15,12 +15,21 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.attention import ATTENTION, MaskSpec, attention, mosaic_gpu
-from jaxpar.pallas_kernels.attention.differentiable import attend
 from jaxpar.pallas_kernels.attention.labels import kinds, labels
 from jaxpar.pallas_kernels.attention.xla import xla_plan
 from jaxpar.pallas_kernels.dispatch import explain
-from tests.pallas_kernels.attention_cases import draw, errors, no_worse, seen_by
-from tests.pallas_kernels.test_attention_mosaic_tpu import NAMES, Case, arguments, documents, truth
+from tests.pallas_kernels.attention_cases import (
+    NAMES,
+    Case,
+    arguments,
+    documents,
+    draw,
+    errors,
+    no_worse,
+    program,
+    seen_by,
+    truth,
+)
 
 pytestmark = pytest.mark.quick
 interpreted = pytest.mark.skipif(
@@ -58,19 +67,9 @@ def programs(name):
     """As in `test_attention_mosaic_tpu`; the interpreter raises where copies and reads race."""
     case = CASES[name]
 
-    def program(make):
-        def run(q, k, v, d_out, d_lse, mask, starts):
-            (out, lse), back = jax.vjp(lambda *x: attend(plan, *x, mask, starts), q, k, v)
-            return out, lse, *back((d_out, d_lse))
-
-        B, T, S, H, G, K = case.shape
-        q, k = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in ((B, T, H, K), (B, S, G, K)))
-        plan = make(q, k, k, mask=case.mask, scale=case.scale, cap=case.cap, q_start=jnp.int32(0), k_start=jnp.int32(0))
-        return jax.jit(run)
-
     careful = plgpu.InterpretGPUParams(detect_races=True)
     kernels = lambda *x, **more: mosaic_gpu.plan(*x, tiles=case.tiles, interpret=careful, **more)
-    return program(kernels), program(xla_plan)
+    return program(case, kernels), program(case, xla_plan)
 
 
 @interpreted
