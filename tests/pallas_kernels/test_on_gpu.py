@@ -184,13 +184,13 @@ DECODE = {
     "pages of 128": DecodeCase((2, 1, 1024, 8, 8, 128), None, (1024, 700), BF16, page=128, scale=0.1),
     "pages of 8, 256": DecodeCase((2, 1, 256, 4, 1, 256), None, (250, 95), FP16, page=8, scale=0.06),
     "int8": DecodeCase((2, 1, 1024, 8, 8, 128), None, (1000, 333), BF16, "int8_row", scale=0.1),
-    "int8, three heads, 64": DecodeCase((2, 3, 700, 6, 3, 64), None, (690, 64), BF16, "int8_row"),
-    "int8, 256": DecodeCase((2, 1, 700, 4, 1, 256), None, (690, 64), BF16, "int8_row", scale=0.06),
+    "int8, three heads, 64": DecodeCase((2, 3, 712, 6, 3, 64), None, (690, 64), BF16, "int8_row"),
+    "int8, 256": DecodeCase((2, 1, 712, 4, 1, 256), None, (690, 64), BF16, "int8_row", scale=0.06),
     "int8 pages": DecodeCase((1, 2, 512, 8, 8, 64), None, (510,), BF16, "int8_row", 32, window=150),
-    "int8 blocks": DecodeCase((2, 1, 700, 4, 2, 128), None, (690, 64), BF16, "int8_g32", scale=0.1),
+    "int8 blocks": DecodeCase((2, 1, 712, 4, 2, 128), None, (690, 64), BF16, "int8_g32", scale=0.1),
     "int4": DecodeCase((2, 1, 1024, 8, 8, 128), None, (1000, 333), BF16, "int4_row", scale=0.1),
     "int4, 256": DecodeCase((2, 1, 600, 4, 1, 256), None, (600, 333), BF16, "int4_row", scale=0.06),
-    "int4 blocks": DecodeCase((2, 1, 700, 4, 2, 128), None, (690, 64), BF16, "int4_g32", scale=0.1),
+    "int4 blocks": DecodeCase((2, 1, 712, 4, 2, 128), None, (690, 64), BF16, "int4_g32", scale=0.1),
     "int4 pages": DecodeCase((2, 1, 1024, 4, 2, 128), None, (1000, 130), BF16, "int4_row", page=128, scale=0.1),
 }
 DECODE_CEILINGS = {BF16: 5e-3, FP16: 6e-4, jnp.float32: 1e-6}
@@ -234,15 +234,14 @@ def test_products_against_float64(name, rows):
     a, b = x if inputs is None else quantise(x, inputs), quantise(w, weights, 0)
     dtype = BF16 if inputs is None else jnp.float32
     found = jax.jit(lambda a, b: products.product_mosaic_gpu(a, b, (-1, -2), dtype))(a, b)
-    theirs = jax.jit(lambda a, b: product(a, b, (-1, -2), dtype))(a, b)
+    theirs = jax.jit(lambda a, b: product(a, b, (-1, -2), dtype).astype(dtype))(a, b)
     right = product_reference(a, b, (-1, -2))
     mine, xlas = errors(found, right), errors(theirs, right)
     print(f"{mine[0]:.2e} (XLA {xlas[0]:.2e})")
     if name == "W8A8":
         np.testing.assert_array_equal(np.asarray(found), np.asarray(theirs))
-    # Its own sums of fp8 have fewer bits than float32, of XLA's products too.
-    unit = 2.0**-9 if dtype == BF16 else 1e-6
-    no_worse(mine, xlas, unit, name)
+    # The matrix unit's own sums of float8 have fewer bits than float32.
+    no_worse(mine, xlas, 2.0**-9 if dtype == BF16 else 2.0**-12 if name == "fp8" else 1e-6, name)
 
 
 def test_one_kernel_backwards_is_what_this_jax_gets():
