@@ -98,23 +98,6 @@ def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP
     return None
 
 
-def unwise(q, k, v, lens, *, table_BxP=None, **call) -> str | None:
-    """Why None leaves a call to XLA: what has not been seen to be right on a chip is not chosen."""
-    here = []
-    if isinstance(k, Quantised):
-        here.append(f"in {k.format.name}")
-    if table_BxP is not None:
-        here.append("in pages")
-    if (K := q.shape[-1]) > 128:
-        here.append(f"with a head size of {K}")
-    if here:
-        return (
-            f"has run on a GPU with dense float caches of head sizes 64 and 128 only, so that only its name chooses it for "
-            f"one {' '.join(here)}"
-        )
-    return None
-
-
 def _misfit_codes(q, k: Quantised, paged: bool) -> str | None:
     element, (places, _, K) = k.format.element, k.shape[-3:]
     if not (isinstance(element, Int) and element.bits in (4, 8) and isinstance(k.format.scale, Float32)):

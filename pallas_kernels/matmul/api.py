@@ -44,7 +44,7 @@ MOSAIC_GPU = Implementation(
     "mosaic_gpu",
     mosaic_gpu.product_mosaic_gpu,
     mosaic_gpu.misfit,
-    unwise=_unmeasured,
+    unwise=mosaic_gpu.unwise,
     platform="cuda",
     kernel=True,
 )

@@ -81,6 +81,22 @@ def misfit(a, b, axes, dtype) -> str | None:
     return _misfit_sixteen(a, b, dtype)
 
 
+def unwise(a, b, axes, dtype) -> str | None:
+    """Why None leaves a product to XLA. On an H100 (`experiments/bench/kernels.py`) int8 with int8 was 1.5 to 1.8 times as fast as
+    XLA with 4096 rows, and weights in 4 bits five times with one row, but slower with 4096 rows or few weights."""
+    rows, weights = a.shape[-3 - axes[0]], b.shape[-1] * b.shape[-2]
+    if isinstance(a, Quantised):
+        forward = tuple(axes) == (-1, -2) and _operand(a) == jnp.int8
+        seen = "int8 with int8 forwards from 1024 rows on"
+        faster = forward and rows >= 1024
+    else:
+        seen = "weights of 2^24 values or more with up to 16 rows"
+        faster = rows <= 16 and weights >= 2**24
+    if faster:
+        return None
+    return f"has been seen to be faster than XLA for {seen}, so that only its name chooses it elsewhere"
+
+
 def _misfit_eight(a: Quantised, b) -> str | None:
     if not isinstance(b, Quantised) or (kind := _operand(a)) is None or _operand(b) != kind:
         name = b.format.name if isinstance(b, Quantised) else b.dtype

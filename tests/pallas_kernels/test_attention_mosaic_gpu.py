@@ -167,8 +167,9 @@ def test_who_gets_the_kernel():
     with jax.sharding.use_abstract_mesh(B200):
         assert reason(q, k, k) == "is written for Hopper GPUs, and here is a NVIDIA B200"
     with jax.sharding.use_abstract_mesh(H200):
-        # Nothing that has not been seen on a chip is chosen without its name.
-        assert reason(q, k, k).endswith("only with what cuDNN can do as well, so that only its name chooses it")
+        assert reason(q, k, k) == "is chosen on NVIDIA GPUs"
+        few = shape(1, 8, 4, 64)
+        assert reason(few, k, k).endswith("only its name chooses it for fewer than 64, and here are 8")
         run = jax.jit(lambda *x: attention(*x, **call, implementation="mosaic_gpu"))
         text = run.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1

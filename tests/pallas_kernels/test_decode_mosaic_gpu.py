@@ -201,13 +201,7 @@ def test_who_gets_the_kernel():
         assert reason() == "is written for Hopper GPUs, and here is a NVIDIA B200"
     with jax.sharding.use_abstract_mesh(H200):
         assert reason() == "is chosen on NVIDIA GPUs"
-        for found, kind in (
-            (reason(k=shape(9, 16, 2, 128), table_BxP=table), "in pages"),
-            (reason(k=codes("int4_row")), "in int4_row"),
-            (reason(k=codes("int4_g32", places=(9, 32)), table_BxP=table), "in int4_g32 in pages"),
-            (reason(q=shape(2, 1, 8, 256), k=shape(2, 256, 2, 256)), "with a head size of 256"),
-        ):
-            assert found.endswith(f"of head sizes 64 and 128 only, so that only its name chooses it for one {kind}")
+        assert reason(k=codes("int4_g32", places=(9, 32)), table_BxP=table) == "is chosen on NVIDIA GPUs"
         run = jax.jit(lambda *x: decode_attention(*x, scale=1.0))
         text = run.trace(q, k, k, lens).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1

@@ -166,16 +166,30 @@ def test_the_public_function_runs_them_forwards_and_backwards():
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(theirs, np.float32))
 
 
-def test_only_its_name_chooses_a_kernel_that_has_not_been_measured():
-    x = jax.ShapeDtypeStruct((16, 256), jnp.bfloat16)
-    w = jax.eval_shape(lambda w: quantise(w, "int4_g128", 0), jax.ShapeDtypeStruct((256, 128), jnp.float32))
+def test_what_has_been_seen_to_be_faster_is_chosen():
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    coded = lambda sizes, form, axis: jax.eval_shape(
+        lambda w: quantise(w, form, axis), shape(*sizes, dtype=jnp.float32)
+    )
+    weights = coded((4096, 4096), "int4_g128", 0)
+    eight = coded((4096, 256), "int8_row", 1), coded((256, 128), "int8_row", 0)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        verdicts = {one.name: one for one in explain(PRODUCT, x, w, axes=AXES, dtype=jnp.bfloat16)}
-        assert PRODUCT.choose("mosaic_gpu", x, w, axes=AXES, dtype=jnp.bfloat16).default.name == "mosaic_gpu"
-    assert verdicts["xla"].chosen == ("cuda",)
-    assert verdicts["mosaic_gpu"].reason == "has not been measured on a chip, so that only its name chooses it"
-    assert verdicts["mosaic_tpu"].reason == "runs on TPUs, and here are NVIDIA GPUs only"
+        asked = lambda a, b: {one.name: one for one in explain(PRODUCT, a, b, axes=AXES, dtype=jnp.bfloat16)}
+        for a, b in ((shape(16, 4096), weights), eight):
+            assert asked(a, b)["mosaic_gpu"].chosen == ("cuda",)
+        for a, b, seen in (
+            (shape(17, 4096), weights, "weights of 2^24 values or more with up to 16 rows"),
+            (shape(1, 256), coded((256, 128), "int4_g128", 0), "weights of 2^24 values or more with up to 16 rows"),
+            (coded((1000, 256), "int8_row", 1), eight[1], "int8 with int8 forwards from 1024 rows on"),
+        ):
+            verdicts = asked(a, b)
+            assert verdicts["xla"].chosen == ("cuda",)
+            assert verdicts["mosaic_gpu"].reason == (
+                f"has been seen to be faster than XLA for {seen}, so that only its name chooses it elsewhere"
+            )
+            assert PRODUCT.choose("mosaic_gpu", a, b, axes=AXES, dtype=jnp.bfloat16).default.name == "mosaic_gpu"
+        assert verdicts["mosaic_tpu"].reason == "runs on TPUs, and here are NVIDIA GPUs only"
 
 
 @pytest.mark.parametrize(
