@@ -140,7 +140,7 @@ def measure(case, limits: dict[str, float], rounds: int, scale: str) -> dict:
 
     make = jax.jit(case.make)
     count = sets_for(jax.eval_shape(case.make, jax.random.key(0))) if scale == "chip" else 1
-    sets = [make(jax.random.key(i)) for i in range(count)]
+    sets = [case.place(make(jax.random.key(i))) for i in range(count)]
     ready, missing = samplers(case, sets, scale)
     seconds = {name: [] for name in ready}
     for i in range(rounds):

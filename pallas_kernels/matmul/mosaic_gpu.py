@@ -2,7 +2,8 @@
 
     W8A8          int8 · int8 summed in int32, exactly, or e4m3 · e4m3 in float32; scales of rows and columns at the end.
                   The matrix unit wants both operands along K in memory: an operand that lies otherwise, as weights [K, N]
-                  do in the forward product, is transposed before the kernel, a copy of a byte a value
+                  do in the forward product, is transposed before the kernel, a copy of a byte a value, but where
+                  `formats.laid_along` has put it so once
     W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened in shared memory: a quarter or a half of
                   bfloat16's bytes are read, and as many operations done (Hopper multiplies no 4-bit operands)
 
@@ -36,8 +37,8 @@ class HopperTiles:
 
     Attributes:
       rows: 64 or 128.
-      columns: 64 or 128.
-      stages: steps along K that shared memory holds.
+      columns: 64 or 128; 256 of two operands in 8 bits, with 64 rows.
+      stages: steps along K that shared memory holds, two at least of two operands in 8 bits.
       blocks: weights in 4 or 8 bits with a 16-bit x: K is cut until there are this many blocks, where it can be, and their
         sums are added afterwards.
     """
@@ -48,8 +49,13 @@ class HopperTiles:
     blocks: int = 1
 
 
-EIGHT = (
+INTEGERS = (
     Row(HopperTiles(64, 128), most=(("rows", 128),)),
+    Row(HopperTiles(64, 256)),
+)
+FLOATS = (
+    Row(HopperTiles(64, 128), most=(("rows", 128),)),
+    # A step's own sums stand beside all of them: no registers are left for more columns.
     Row(HopperTiles(128, 128)),
 )
 SIXTEEN = (
@@ -58,8 +64,9 @@ SIXTEEN = (
     Row(HopperTiles(128, 128, stages=2), most=(("bits", 4),)),
     Row(HopperTiles(128, 64, stages=2)),
 )
-"""Tiles by the rows of x, and by the bits of w. That they compile for Hopper GPUs and fit their registers is tested; which
-are fastest has not been measured."""
+"""Tiles of int8 with int8, of float8 with float8, and of a 16-bit x, by the rows of x and the bits of w. That they compile for
+Hopper GPUs and fit their registers is tested. Of `INTEGERS` with many rows, the fastest of five on an H200 (128 x 128 is as fast
+within 1 %); the others have not been measured beside others: `jaxpar tune` does that."""
 
 
 def misfit(a, b, axes, dtype) -> str | None:
@@ -82,8 +89,9 @@ def misfit(a, b, axes, dtype) -> str | None:
 
 
 def unwise(a, b, axes, dtype) -> str | None:
-    """Why None leaves a product to XLA. On an H100 (`experiments/bench/kernels.py`) int8 with int8 was 1.5 to 1.8 times as fast as
-    XLA with 4096 rows, and weights in 4 bits five times with one row, but slower with 4096 rows or few weights."""
+    """Why None leaves a product to XLA. On an H200 (`experiments/bench/kernels.py`) int8 with int8 was 1.2 to 1.5 times as fast as
+    XLA with 4096 rows and slower with 16, and weights in 4 bits five times as fast with 1 and 16 rows, but slower with 4096
+    rows or few weights."""
     rows, weights = a.shape[-3 - axes[0]], b.shape[-1] * b.shape[-2]
     if isinstance(a, Quantised):
         forward = tuple(axes) == (-1, -2) and _operand(a) == jnp.int8
@@ -129,7 +137,9 @@ def _operand(q: Quantised):
 
 def table_of(a) -> tuple[Row, ...]:
     """The block table of products with this x."""
-    return EIGHT if isinstance(a, Quantised) else SIXTEEN
+    if not isinstance(a, Quantised):
+        return SIXTEEN
+    return INTEGERS if integer(a) else FLOATS
 
 
 def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
@@ -175,11 +185,12 @@ def _eight(a, b, axes, dtype, tiles: HopperTiles, interpret):
         jnp.broadcast_to(along(q.scales, axis)[:, 0], (size,)) for q, axis, size in ((a, axes[0], M), (b, axes[1], N))
     ]
     arrays = {"a": _rows(a_MxK, rows), "b": b_NxK, "scales_a": _rows(scales[0], rows), "scales_b": scales[1]}
+    columns = tiles.columns if N % tiles.columns == 0 else BLOCK
     settings = gpu_kernels.Settings(
-        tiles.rows, tiles.columns, tiles.stages, K // STEP, dtype, operand=kind, interpret=bool(interpret)
+        tiles.rows, columns, tiles.stages, K // STEP, dtype, operand=kind, interpret=bool(interpret)
     )
     M = arrays["a"].shape[0]
-    grid = {"split": 1, "column": N // tiles.columns, "row": M // rows}
+    grid = {"split": 1, "column": N // columns, "row": M // rows}
     return _call(gpu_kernels.eight, settings, arrays, (M, N), grid, interpret)
 
 

@@ -162,8 +162,10 @@ def quant_matmul(
         table = look_up(product_tpu.TABLE, kind, **sizes)
         run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
     else:
-        blocks = (1,) if isinstance(a, Quantised) else GPU_BLOCKS
-        candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, stages=GPU_STAGES[1:], blocks=blocks)
+        eight = isinstance(a, Quantised)
+        columns = (*GPU_STEPS, 256) if eight else GPU_STEPS
+        blocks = (1,) if eight else GPU_BLOCKS
+        candidates = _product(rows=GPU_STEPS, columns=columns, stages=GPU_STAGES[1:], blocks=blocks)
         sizes = product_gpu.sizes_of(a, b, (-1, -2))
         table = look_up(product_gpu.table_of(a), kind, **sizes)
         call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)

@@ -230,7 +230,7 @@ def test_products_against_float64(name, rows):
     rng = np.random.default_rng(0)
     inputs, weights = PRODUCTS[name]
     x = jnp.asarray(rng.standard_normal((rows, 1024)) * np.exp(rng.standard_normal((rows, 1))), BF16)
-    w = jnp.asarray(rng.standard_normal((1024, 384)) * np.exp(rng.standard_normal((1, 384))), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((1024, 512)) * np.exp(rng.standard_normal((1, 512))), jnp.float32)
     a, b = x if inputs is None else quantise(x, inputs), quantise(w, weights, 0)
     dtype = BF16 if inputs is None else jnp.float32
     found = jax.jit(lambda a, b: products.product_mosaic_gpu(a, b, (-1, -2), dtype))(a, b)
