@@ -1,7 +1,7 @@
 """Kernels beside what else computes the same: every op and implementation, at shapes of real models.
 
 Command:   python -m jaxpar.experiments.bench.kernels            (on a TPU or NVIDIA GPU: all of it; --only picks ops, models
-                                                                  or shapes. Parts of it were run on an H100)
+                                                                  or shapes. Parts of it were run on an H100 and an H200)
            python -m jaxpar.experiments.bench.kernels            (on a CPU: smaller shapes, a few minutes)
            python -m jaxpar.experiments.bench.kernels --quick    (on a CPU: tiny shapes and XLA only, below a minute)
 Expected:  a table, and in results/ kernels_<platform>.jsonl (a line about the machine, then a line a case), .md and .png.

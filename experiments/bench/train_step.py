@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -241,7 +242,7 @@ def describe() -> dict:
         "cores": multiprocessing.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
-        "command": " ".join(["python -m jaxpar.experiments.bench.train_step", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "jaxpar.experiments.bench.train_step", *sys.argv[1:]]),
     }
 
 
