@@ -119,8 +119,10 @@ def adding(call: Callable, shapes) -> Callable:
         axes = frozenset().union(*map(varies_over, arrays))
         # Kernels take no references to what differs over a mesh axis. What is read from them is said to differ.
         refs = [jax.new_ref(jnp.zeros(shape, jnp.float32)) for shape in shapes]
-        outs = call(*arrays, *refs)
-        return [*outs, *(varying(ref[...], axes) for ref in refs)]
+        # XLA would fuse slices before and behind it into the call, as those of a loop over layers, and forget that the arrays
+        # which are added to are the ones that were zeros.
+        outs = call(*jax.lax.optimization_barrier(arrays), *refs)
+        return jax.lax.optimization_barrier([*outs, *(varying(ref[...], axes) for ref in refs)])
 
     return run
 

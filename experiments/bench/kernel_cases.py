@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpar.experiments.bench import kernel_rivals as rivals
 
-OURS = ("mosaic_gpu", "mosaic_tpu")
+OURS = ("mosaic_gpu", "mosaic_gpu_few_rows", "mosaic_tpu")
 """Implementations that are kernels of this project; all others are alternatives to them."""
 
 
@@ -28,6 +28,7 @@ class Case:
       contenders: functions of the arrays, rivals with a clock of their own, or why there is none.
       exact: `(arrays, float dtype) -> outputs`, of a part of the op that is small enough.
       cut: the same part of a contender's outputs.
+      place: `(arrays) -> arrays`, how they lie in memory for all contenders.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Case:
     contenders: dict[str, Callable | rivals.Torch | str]
     exact: Callable[[tuple, Any], Any]
     cut: Callable[[Any], Any] = field(default=lambda outputs: outputs)
+    place: Callable[[tuple], tuple] = field(default=lambda arrays: arrays)
 
 
 def size_of(tree) -> int:
@@ -189,9 +191,10 @@ def attention(
 
 
 def product(model, rows, inputs, outputs, weights, activations, dtype) -> Case:
-    """x, w in a format, and w's values in `dtype` for the plain product. x is quantised within the call where it is at all."""
+    """x, w in a format, and w's values in `dtype` for the plain product. x is quantised within the call where it is at all.
+    Weights in 8 bits that meet such an x lie along K in memory, as serving would lay them once."""
     from jaxpar.pallas_kernels.formats.format import get
-    from jaxpar.pallas_kernels.formats.quantised import dequantise, quantise
+    from jaxpar.pallas_kernels.formats.quantised import dequantise, laid_along, quantise
     from jaxpar.pallas_kernels.matmul import IMPLEMENTATIONS, Operands, quant_matmul
 
     how = Operands(inputs=get(activations) if activations else None)
@@ -224,6 +227,9 @@ def product(model, rows, inputs, outputs, weights, activations, dtype) -> Case:
         contenders,
         exact,
         lambda y: y[:few],
+        (lambda arrays: (arrays[0], laid_along(arrays[1]), arrays[2]))
+        if activations == "int8_row"
+        else lambda arrays: arrays,
     )
 
 

@@ -1,7 +1,7 @@
 """Kernels beside what else computes the same: every op and implementation, at shapes of real models.
 
 Command:   python -m jaxpar.experiments.bench.kernels            (on a TPU or NVIDIA GPU: all of it; --only picks ops, models
-                                                                  or shapes. Parts of it were run on an H100)
+                                                                  or shapes. Parts of it were run on an H100 and an H200)
            python -m jaxpar.experiments.bench.kernels            (on a CPU: smaller shapes, a few minutes)
            python -m jaxpar.experiments.bench.kernels --quick    (on a CPU: tiny shapes and XLA only, below a minute)
 Expected:  a table, and in results/ kernels_<platform>.jsonl (a line about the machine, then a line a case), .md and .png.
@@ -140,7 +140,7 @@ def measure(case, limits: dict[str, float], rounds: int, scale: str) -> dict:
 
     make = jax.jit(case.make)
     count = sets_for(jax.eval_shape(case.make, jax.random.key(0))) if scale == "chip" else 1
-    sets = [make(jax.random.key(i)) for i in range(count)]
+    sets = [case.place(make(jax.random.key(i))) for i in range(count)]
     ready, missing = samplers(case, sets, scale)
     seconds = {name: [] for name in ready}
     for i in range(rounds):

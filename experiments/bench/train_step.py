@@ -21,8 +21,10 @@ import argparse
 import datetime
 import json
 import multiprocessing
+import os
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -149,6 +151,7 @@ CONTENDERS = {
     "torch eager": lambda size, dtype: torch_step(size, dtype, compiled=False),
     "torch compile": lambda size, dtype: torch_step(size, dtype, compiled=True),
 }
+RIVALS = tuple(name for name in CONTENDERS if name.startswith("torch"))
 
 
 def worker(name: str, size: Size, dtype: str, pipe) -> None:
@@ -239,7 +242,7 @@ def describe() -> dict:
         "cores": multiprocessing.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
-        "command": " ".join(["python -m jaxpar.experiments.bench.train_step", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "jaxpar.experiments.bench.train_step", *sys.argv[1:]]),
     }
 
 
@@ -266,9 +269,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender that are counted")
     parser.add_argument("--sizes", nargs="*", help="of small, medium, large")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS, help="which of PyTorch's")
     parser.add_argument("--plain-malloc", action="store_true", help="also jaxpar without its setting of the allocator")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     options = parser.parse_args(argv)
+    # Contenders share a GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from jaxpar import flops
@@ -283,7 +289,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     names = [
         "jaxpar",
         *[PLAIN] * options.plain_malloc,
-        *[n for n in CONTENDERS if with_torch and n.startswith("torch")],
+        *[name for name in options.rivals if with_torch],
     ]
     peak, results = flops.peak(jax.devices()[0].device_kind), []
     for size in sizes:

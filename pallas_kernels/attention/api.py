@@ -57,8 +57,8 @@ def attention(
         are merged. It is differentiable.
       implementation: "xla" (plain XLA, blocks of queries), "cudnn" (bfloat16 and float16 on NVIDIA GPUs), "mosaic_tpu"
         (flash attention on TPUs), "mosaic_gpu" (flash attention on Hopper GPUs, in bfloat16 and float16, for what cuDNN
-        cannot do too), or None: for each platform that the call may be lowered for, its own where it can do the call and is
-        known to be worth it ("mosaic_gpu" only by its name), else "xla".
+        cannot do too), or None: for each platform that the call may be lowered for, the first of its own that can do the
+        call and is known to be worth it (cuDNN before "mosaic_gpu"), else "xla".
         `explain(ATTENTION, q, k, v, mask=...)` says which and why.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 

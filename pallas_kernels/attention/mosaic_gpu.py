@@ -33,6 +33,8 @@ SIZES = (64, 128, 256)
 """Head sizes of the tiles."""
 BLOCK = gpu_kernels.COMPUTE * gpu_kernels.ROWS
 """Rows of a block: queries by queries, keys by keys."""
+FEWEST = 64
+"""Queries for which None chooses the kernels."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ def misfit(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, ls
 
 
 def unwise(q, k, v, **call) -> str | None:
-    """Why None leaves every call to others: on a GPU the kernels have been seen to be right and fast where cuDNN is too, causal
-    and full attention of whole blocks with head sizes 64 and 128, and have not run with what cuDNN cannot do."""
-    return "has run on a GPU only with what cuDNN can do as well, so that only its name chooses it"
+    """Why None leaves a call to XLA: it has next to nothing of what a block is for. On an H100 the kernels were eight to ten
+    times as fast as XLA forwards, and four to five times with the backward pass (`experiments/bench/kernels.py`)."""
+    if q.shape[1] < FEWEST:
+        return f"multiplies {BLOCK} queries at once, so that only its name chooses it for fewer than {FEWEST}, and here are {q.shape[1]}"
+    return None
 
 
 def plan(q, k, v, *, mask: MaskSpec, scale, cap=None, q_start=0, k_start=0, interpret=False, tiles=None) -> HopperPlan:

@@ -11,14 +11,7 @@ from jaxpar.pallas_kernels.dispatch import Implementation, Op
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 
 MOSAIC_TPU = Implementation("mosaic_tpu", mosaic_tpu.decode_mosaic_tpu, mosaic_tpu.misfit, platform="tpu", kernel=True)
-MOSAIC_GPU = Implementation(
-    "mosaic_gpu",
-    mosaic_gpu.decode_mosaic_gpu,
-    mosaic_gpu.misfit,
-    unwise=mosaic_gpu.unwise,
-    platform="cuda",
-    kernel=True,
-)
+MOSAIC_GPU = Implementation("mosaic_gpu", mosaic_gpu.decode_mosaic_gpu, mosaic_gpu.misfit, platform="cuda", kernel=True)
 XLA = Implementation("xla", decode_xla)
 DECODE_ATTENTION = Op("decode_attention", (MOSAIC_TPU, MOSAIC_GPU, XLA))
 """The implementations of `decode_attention`, best first."""

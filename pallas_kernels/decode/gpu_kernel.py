@@ -143,15 +143,7 @@ def place(settings: Settings, names, refs) -> SimpleNamespace:
     return x
 
 
-def start_of(settings: Settings, at):
-    """The first token that a step copies, of one whose own first is `at`: no copy goes beyond a dense cache, whose last step
-    begins earlier where the slots are no whole steps."""
-    if settings.page is not None or settings.slots % settings.tokens == 0:
-        return at
-    return lax.min(at, settings.slots - settings.tokens)
-
-
-def masked(settings: Settings, x, logits, at, start):
+def masked(settings: Settings, x, logits, start):
     """Logits with -inf where nothing is seen; untouched where all of a step is seen by all queries."""
     older = settings.queries - 1
 
@@ -161,7 +153,7 @@ def masked(settings: Settings, x, logits, at, start):
         behind = x.length - older
         if older:
             behind = behind + lax.div(lax.broadcasted_iota(jnp.int32, logits.shape, 0), settings.shared)
-        seen = (column < behind) & (column < settings.slots) & (column >= at)
+        seen = (column < behind) & (column < settings.slots)
         if settings.windowed:
             low = x.low - older
             if older:
@@ -169,7 +161,7 @@ def masked(settings: Settings, x, logits, at, start):
             seen = seen & (column >= low)
         return jnp.where(seen, logits, -jnp.inf)
 
-    clear = (start >= at) & (start + settings.tokens <= lax.min(x.length - older, settings.slots))
+    clear = start + settings.tokens <= lax.min(x.length - older, settings.slots)
     if settings.windowed:
         clear = clear & (start >= x.low)
     return lax.cond(clear, lambda logits: logits, hide, logits)
@@ -263,8 +255,7 @@ def decode(settings: Settings, names, *refs) -> None:
         sums, top, total = carry
         n = n * COMPUTE + x.warpgroup
         slot = lax.rem(n, settings.places)
-        at = (x.first + n) * settings.tokens
-        start = start_of(settings, at)
+        start = (x.first + n) * settings.tokens
         plgpu.barrier_wait(x.k_ready.at[slot])
         keys, scales = widened(settings, x, "k", slot, start)
         logits = (ROWS, settings.tokens)
@@ -274,7 +265,7 @@ def decode(settings: Settings, names, *refs) -> None:
             plgpu.barrier_arrive(x.k_used.at[slot])
         if scales is not None:
             logits = logits * scales
-        logits = masked(settings, x, gpu.scaled(logits, settings.scale, settings.cap), at, start)
+        logits = masked(settings, x, gpu.scaled(logits, settings.scale, settings.cap), start)
         before, top = top, jnp.maximum(top, jnp.max(logits, axis=1))
         # A row that has seen nothing yet has top = -inf; -inf - -inf would be NaN.
         level = jnp.where(top == -jnp.inf, 0.0, top)
@@ -321,6 +312,7 @@ def decode(settings: Settings, names, *refs) -> None:
     def sources(at):
         """Where a step's tokens are, in pieces: their first place in the step, their row or page, and the first there."""
         if settings.page is None:
+            # Zeros come from behind a row's last slot.
             return [(0, x.batch, at)]
         found = []
         for first in range(0, settings.tokens, settings.piece):
@@ -356,7 +348,7 @@ def decode(settings: Settings, names, *refs) -> None:
         @pl.loop(0, x.steps)
         def _(n):
             slot = lax.rem(n, settings.places)
-            pieces = sources(start_of(settings, (x.first + n) * settings.tokens))
+            pieces = sources((x.first + n) * settings.tokens)
             for name in ("k", "v"):
 
                 @pl.when(n >= settings.places)

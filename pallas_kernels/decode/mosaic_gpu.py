@@ -25,8 +25,10 @@ from jaxpar.pallas_kernels.tiles import Row, chip, look_up
 
 SIZES = (64, 128, 256)
 """Head sizes that tiles have."""
-SMALLEST_PAGE, SMALLEST_PAGE_OF_CODES = 8, 32
-"""Slots: whole rows of shared memory's pattern, and scales of whole 128 bytes."""
+EIGHT = 8
+"""Rows of shared memory's pattern: a copy takes whole ones."""
+SMALLEST_PAGE, SMALLEST_PAGE_OF_CODES = EIGHT, 32
+"""Slots: a whole pattern, and scales of whole 128 bytes."""
 MOST_SCALES, LEAST_BYTES = 8, 16
 """Of a head of a token, and of the codes that share one."""
 TOGETHER = 8
@@ -86,30 +88,13 @@ def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP
         return f"takes keys and values in the queries' dtype, {q.dtype}, got {k.dtype}"
     if not B:
         return "needs a row at least, got 0"
-    if table_BxP is None and places < 64:
-        return f"takes a cache of at least 64 slots, got {places}"
+    if table_BxP is None and (places < 64 or places % EIGHT):
+        return f"takes a cache of at least 64 slots, and of whole eights, got {places}"
     if table_BxP is not None and (places < SMALLEST_PAGE or places & (places - 1) or not table_BxP.shape[1]):
         return f"takes pages of a power of two of slots from {SMALLEST_PAGE} on, got {table_BxP.shape[1]} of {places}"
     kind = versions.device_kind("cuda")
     if kind is not None and chip(kind) != "hopper":
         return f"is written for Hopper GPUs, and here is a {kind}"
-    return None
-
-
-def unwise(q, k, v, lens, *, table_BxP=None, **call) -> str | None:
-    """Why None leaves a call to XLA: what has not been seen to be right on a chip is not chosen."""
-    here = []
-    if isinstance(k, Quantised):
-        here.append(f"in {k.format.name}")
-    if table_BxP is not None:
-        here.append("in pages")
-    if (K := q.shape[-1]) > 128:
-        here.append(f"with a head size of {K}")
-    if here:
-        return (
-            f"has run on a GPU with dense float caches of head sizes 64 and 128 only, so that only its name chooses it for "
-            f"one {' '.join(here)}"
-        )
     return None
 
 

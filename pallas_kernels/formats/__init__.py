@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.pallas_kernels.formats.format import NAMES, Format, get
 
 if TYPE_CHECKING:
-    from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, fake_quantise, quantise, split
+    from jaxpar.pallas_kernels.formats.quantised import (
+        Quantised,
+        dequantise,
+        fake_quantise,
+        laid_along,
+        quantise,
+        split,
+    )
     from jaxpar.pallas_kernels.formats.rotation import rotate, signs
 
 _WITH_JAX = {
     "Quantised": "quantised",
     "dequantise": "quantised",
     "fake_quantise": "quantised",
+    "laid_along": "quantised",
     "quantise": "quantised",
     "rotate": "rotation",
     "signs": "rotation",
@@ -35,4 +43,16 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["NAMES", "Format", "Quantised", "dequantise", "fake_quantise", "get", "quantise", "rotate", "signs", "split"]
+__all__ = [
+    "NAMES",
+    "Format",
+    "Quantised",
+    "dequantise",
+    "fake_quantise",
+    "get",
+    "laid_along",
+    "quantise",
+    "rotate",
+    "signs",
+    "split",
+]

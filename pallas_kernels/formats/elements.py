@@ -99,8 +99,11 @@ class Int:
         import jax
         import jax.numpy as jnp
 
-        # The sign bit moved to the top, and back with copies of itself.
         unused = 8 - self.bits
+        if not unused:
+            # What a kernel takes is then what is in memory: shifts by nothing would be a pass over it.
+            return jax.lax.bitcast_convert_type(codes, jnp.int8)
+        # The sign bit moved to the top, and back with copies of itself.
         return jax.lax.bitcast_convert_type(codes << np.uint8(unused), jnp.int8) >> np.int8(unused)
 
 

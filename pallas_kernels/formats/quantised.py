@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental.layout import Format as ArrayFormat
+from jax.experimental.layout import Layout
 
 from jaxpar.pallas_kernels.formats.format import Format, get
 from jaxpar.pallas_kernels.formats.packing import pack, unpack
@@ -89,6 +91,25 @@ def dequantise(q: Quantised, dtype=jnp.float32) -> jax.Array:
 def _dequantise(q: Quantised, dtype) -> jax.Array:
     values = q.format.element.decode(unpack(q.codes, q.format.stored_bits, q.axis))
     return _unscaled(values, q.scales, q.tensor, q.format, q.axis).astype(dtype)
+
+
+def laid_along(q: Quantised) -> Quantised:
+    """The same array, the quantised dimension innermost in memory, in each array's own sharding.
+
+    Hopper's matrix units take both operands of an 8-bit product so; weights [K, N] that were quantised along K and lie as JAX
+    lays arrays are transposed at every call. A compiled function takes arguments as they lie, and what is computed from them
+    lies as JAX lays arrays again: weights that stay are to be laid once, outside of it.
+
+    Raises:
+      ValueError: q is traced: inside of a compiled function only XLA says how an array lies.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(q)):
+        raise ValueError(
+            "laid_along takes arrays in memory, and this one is traced; lay it before the compiled function"
+        )
+    order = [dim for dim in range(q.ndim) if dim != q.ndim + q.axis]
+    layout = Layout((*order, q.ndim + q.axis))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, ArrayFormat(layout, leaf.sharding)), q)
 
 
 def split(q: Quantised, dtype) -> tuple[jax.Array, jax.Array | None]:

@@ -44,11 +44,19 @@ MOSAIC_GPU = Implementation(
     "mosaic_gpu",
     mosaic_gpu.product_mosaic_gpu,
     mosaic_gpu.misfit,
+    unwise=mosaic_gpu.unwise,
+    platform="cuda",
+    kernel=True,
+)
+MOSAIC_GPU_FEW_ROWS = Implementation(
+    "mosaic_gpu_few_rows",
+    mosaic_gpu.product_few_rows,
+    mosaic_gpu.misfit_few_rows,
     unwise=_unmeasured,
     platform="cuda",
     kernel=True,
 )
-PRODUCT = Op("a quantised product", (MOSAIC_TPU, MOSAIC_GPU, SCALED_DOT, XLA))
+PRODUCT = Op("a quantised product", (MOSAIC_TPU, MOSAIC_GPU, MOSAIC_GPU_FEW_ROWS, SCALED_DOT, XLA))
 """One product of two operands, of which one or both are `Quantised`: `explain(PRODUCT, a, b, axes=(-1, -2), dtype=...)` says
 what each implementation makes of it."""
 IMPLEMENTATIONS = PRODUCT.names
@@ -102,8 +110,9 @@ def quant_matmul(
       operands: formats. With all None and w an array this is the plain product.
       implementation: "xla"; "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some);
         "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits); "mosaic_gpu" (kernels for Hopper GPUs: int8
-        with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16). None: "xla", as the others have not been
-        measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
+        with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16); "mosaic_gpu_few_rows" (such weights with up
+        to 64 rows of x). None: "mosaic_gpu" where it has been seen to be faster than XLA, else "xla", as the others have not
+        been measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
         raises. Of the backward ones "mosaic_gpu" does those of two 8-bit operands; all others are XLA's.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 

@@ -38,7 +38,7 @@ class Settings:
 
     Attributes:
       rows: of a warpgroup's tile of the result, 64 or 128.
-      columns: of a warpgroup's tile of the result, 64 or 128.
+      columns: of a warpgroup's tile of the result, 64, 128 or 256 (`eight`).
       stages: how many steps the feeder may be ahead.
       steps: along K, of one block.
       dtype: of the result.
@@ -148,30 +148,34 @@ def eight(settings: Settings, names, *refs) -> None:
     first = (x.row * COMPUTE + x.warpgroup) * rows
     shape = (gpu.ROWS, columns)
 
-    def taken(n, use):
-        """What `use(slot)` makes of step n."""
-        slot = lax.rem(n, settings.stages)
-        plgpu.barrier_wait(x.ready.at[slot])
-        found = use(slot)
-        plgpu.barrier_arrive(x.used.at[slot])
-        return found
-
     def whole(total_ref):
-        def product(slot):
-            plgpu.wgmma(total_ref, x.a_tile.at[slot, x.warpgroup], x.b_tile.at[slot].transpose((1, 0)))
-            plgpu.wgmma_wait(0)
+        """One product is under way while the next one's tiles are waited for."""
 
-        pl.loop(0, settings.steps)(lambda n: taken(n, product))
+        @pl.loop(0, settings.steps)
+        def _(n):
+            slot = lax.rem(n, settings.stages)
+            plgpu.barrier_wait(x.ready.at[slot])
+            plgpu.wgmma(total_ref, x.a_tile.at[slot, x.warpgroup], x.b_tile.at[slot].transpose((1, 0)))
+            plgpu.wgmma_wait(1)
+
+            @pl.when(n > 0)
+            def _():
+                plgpu.barrier_arrive(x.used.at[lax.rem(n - 1, settings.stages)])
+
+        plgpu.wgmma_wait(0)
         return total_ref[...].astype(jnp.float32)
 
     def step(n, totals):
-        def product(slot, start):
+        slot = lax.rem(n, settings.stages)
+        plgpu.barrier_wait(x.ready.at[slot])
+
+        def product(start):
             a = x.a_tile.at[slot, x.warpgroup, pl.ds(start, gpu.ROWS)]
             return gpu.mma(shape, a, x.b_tile.at[slot], transposed=True)
 
-        return taken(
-            n, lambda slot: [t + product(slot, start) for t, start in zip(totals, settings.pieces, strict=True)]
-        )
+        totals = [t + product(start) for t, start in zip(totals, settings.pieces, strict=True)]
+        plgpu.barrier_arrive(x.used.at[slot])
+        return totals
 
     def multiply():
         if jnp.issubdtype(settings.operand, jnp.integer):

@@ -2,10 +2,11 @@
 
     W8A8          int8 · int8 summed in int32, exactly, or e4m3 · e4m3 in float32; scales of rows and columns at the end.
                   The matrix unit wants both operands along K in memory: an operand that lies otherwise, as weights [K, N]
-                  do in the forward product, is transposed before the kernel, a copy of a byte a value
-    W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened, for up to 64 rows of x in registers
-                  (`gpu_few_rows`), for more in shared memory: a quarter or a half of bfloat16's bytes are read, and as many
-                  operations done (Hopper multiplies no 4-bit operands)
+                  do in the forward product, is transposed before the kernel, a copy of a byte a value, but where
+                  `formats.laid_along` has put it so once
+    W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened in shared memory: a quarter or a half of
+                  bfloat16's bytes are read, and as many operations done (Hopper multiplies no 4-bit operands); for up to 64
+                  rows of x also in registers (`gpu_few_rows`), by the name of "mosaic_gpu_few_rows"
 
 A byte holds the 4-bit weights of two neighbours along K; the even and the odd channels of x are multiplied with the low and
 the high halves.
@@ -38,8 +39,8 @@ class HopperTiles:
 
     Attributes:
       rows: 64 or 128.
-      columns: 64 or 128.
-      stages: steps along K that shared memory holds.
+      columns: 64 or 128; 256 of two operands in 8 bits, with 64 rows.
+      stages: steps along K that shared memory holds, two at least of two operands in 8 bits.
       blocks: weights in 4 or 8 bits with a 16-bit x: K is cut until there are this many blocks, where it can be, and their
         sums are added afterwards.
     """
@@ -50,14 +51,24 @@ class HopperTiles:
     blocks: int = 1
 
 
-EIGHT = (
+INTEGERS = (
     Row(HopperTiles(64, 128), most=(("rows", 128),)),
+    Row(HopperTiles(64, 256)),
+)
+FLOATS = (
+    Row(HopperTiles(64, 128), most=(("rows", 128),)),
+    # A step's own sums stand beside all of them: no registers are left for more columns.
     Row(HopperTiles(128, 128)),
 )
 SIXTEEN = (
+    Row(HopperTiles(64, 128, stages=3, blocks=132), most=(("rows", 64), ("bits", 4))),
+    Row(HopperTiles(64, 64, blocks=132), most=(("rows", 64),)),
     Row(HopperTiles(128, 128, stages=2), most=(("bits", 4),)),
     Row(HopperTiles(128, 64, stages=2)),
 )
+"""Tiles of int8 with int8, of float8 with float8, and of a 16-bit x, by the rows of x and the bits of w. That they compile for
+Hopper GPUs and fit their registers is tested. Of `INTEGERS` with many rows, the fastest of five on an H200 (128 x 128 is as fast
+within 1 %); the others have not been measured beside others: `jaxpar tune` does that."""
 FEW_ROWS = (
     Row(FewRowsTiles(4, stages=4), most=(("rows", 8), ("bits", 4))),
     Row(FewRowsTiles(4, stages=3), most=(("rows", 16), ("bits", 4))),
@@ -65,8 +76,7 @@ FEW_ROWS = (
     Row(FewRowsTiles(4, stages=2), most=(("rows", 16),)),
     Row(FewRowsTiles(2, stages=2)),
 )
-"""Tiles by the rows of x, and by the bits of w. That they compile for Hopper GPUs and fit their registers is tested; which
-are fastest has not been measured."""
+"""Tiles of `gpu_few_rows`. That they compile for Hopper GPUs and fit their registers is tested; it has not run on a chip."""
 
 
 def misfit(a, b, axes, dtype) -> str | None:
@@ -86,6 +96,34 @@ def misfit(a, b, axes, dtype) -> str | None:
     if tuple(axes) != (-1, -2):
         return "multiplies x [M, K] in bfloat16 with w [K, N] that is quantised along K"
     return _misfit_sixteen(a, b, dtype)
+
+
+def misfit_few_rows(a, b, axes, dtype) -> str | None:
+    """As `misfit`, of `product_few_rows`."""
+    if isinstance(a, Quantised):
+        return f"takes w in int4 or int8 with x in bfloat16, got x in {a.format.name}"
+    if reason := misfit(a, b, axes, dtype):
+        return reason
+    if (M := a.shape[0]) > gpu_few_rows.MOST:
+        return f"takes up to {gpu_few_rows.MOST} rows of x, got {M}"
+    return None
+
+
+def unwise(a, b, axes, dtype) -> str | None:
+    """Why None leaves a product to XLA. On an H200 (`experiments/bench/kernels.py`) int8 with int8 was 1.2 to 1.5 times as fast as
+    XLA with 4096 rows and slower with 16, and weights in 4 bits five times as fast with 1 and 16 rows, but slower with 4096
+    rows or few weights."""
+    rows, weights = a.shape[-3 - axes[0]], b.shape[-1] * b.shape[-2]
+    if isinstance(a, Quantised):
+        forward = tuple(axes) == (-1, -2) and _operand(a) == jnp.int8
+        seen = "int8 with int8 forwards from 1024 rows on"
+        faster = forward and rows >= 1024
+    else:
+        seen = "weights of 2^24 values or more with up to 16 rows"
+        faster = rows <= 16 and weights >= 2**24
+    if faster:
+        return None
+    return f"has been seen to be faster than XLA for {seen}, so that only its name chooses it elsewhere"
 
 
 def _misfit_eight(a: Quantised, b) -> str | None:
@@ -119,10 +157,10 @@ def _operand(q: Quantised):
 
 
 def table_of(a) -> tuple[Row, ...]:
-    """The block table of products with this x [M, K]."""
-    if isinstance(a, Quantised):
-        return EIGHT
-    return FEW_ROWS if a.shape[0] <= gpu_few_rows.MOST else SIXTEEN
+    """The block table of products with this x."""
+    if not isinstance(a, Quantised):
+        return SIXTEEN
+    return INTEGERS if integer(a) else FLOATS
 
 
 def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
@@ -131,9 +169,7 @@ def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
     return {"rows": a.shape[-3 - axes[0]], "columns": N, "sums": K, "bits": b.format.stored_bits}
 
 
-def product_mosaic_gpu(
-    a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | FewRowsTiles | None = None
-) -> jax.Array:
+def product_mosaic_gpu(a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | None = None) -> jax.Array:
     """`products.product` of operands without a `misfit`: [M, N] in `dtype`.
 
     Args:
@@ -146,8 +182,16 @@ def product_mosaic_gpu(
         op = ("quant_matmul", "mosaic_gpu") if tuple(axes) == (-1, -2) else None
         name, sizes = operands_name(a, b, dtype), sizes_of(a, b, axes)
         tiles = look_up(table_of(a), versions.device_kind("cuda"), op=op, dtype=name, **sizes)
-    run = _few_rows if isinstance(tiles, FewRowsTiles) else _eight if isinstance(a, Quantised) else _sixteen
+    run = _eight if isinstance(a, Quantised) else _sixteen
     return run(a, b, axes, dtype, tiles, gpu.interpreter(interpret))[:M]
+
+
+def product_few_rows(x, w: Quantised, axes, dtype, *, interpret=False, tiles: FewRowsTiles | None = None) -> jax.Array:
+    """As `product_mosaic_gpu`, for operands without a `misfit_few_rows`."""
+    if tiles is None:
+        tiles = look_up(FEW_ROWS, versions.device_kind("cuda"), **sizes_of(x, w, axes))
+    more = dict(bits=w.format.element.bits, dtype=dtype, tiles=tiles, interpret=gpu.interpreter(interpret))
+    return gpu_few_rows.product(x, **_stored(w), **more)
 
 
 def _up(size: int, step: int) -> int:
@@ -170,11 +214,12 @@ def _eight(a, b, axes, dtype, tiles: HopperTiles, interpret):
         jnp.broadcast_to(along(q.scales, axis)[:, 0], (size,)) for q, axis, size in ((a, axes[0], M), (b, axes[1], N))
     ]
     arrays = {"a": _rows(a_MxK, rows), "b": b_NxK, "scales_a": _rows(scales[0], rows), "scales_b": scales[1]}
+    columns = tiles.columns if N % tiles.columns == 0 else BLOCK
     settings = gpu_kernels.Settings(
-        tiles.rows, tiles.columns, tiles.stages, K // STEP, dtype, operand=kind, interpret=bool(interpret)
+        tiles.rows, columns, tiles.stages, K // STEP, dtype, operand=kind, interpret=bool(interpret)
     )
     M = arrays["a"].shape[0]
-    grid = {"split": 1, "column": N // tiles.columns, "row": M // rows}
+    grid = {"split": 1, "column": N // columns, "row": M // rows}
     return _call(gpu_kernels.eight, settings, arrays, (M, N), grid, interpret)
 
 
@@ -184,11 +229,6 @@ def _stored(w: Quantised) -> dict:
         "codes": jax.lax.bitcast_convert_type(w.codes, jnp.int8),
         "scales": jnp.broadcast_to(w.scales, (w.scales.shape[0], w.shape[1])),
     }
-
-
-def _few_rows(x, w, axes, dtype, tiles: FewRowsTiles, interpret):
-    bits = w.format.element.bits
-    return gpu_few_rows.product(x, **_stored(w), bits=bits, dtype=dtype, tiles=tiles, interpret=interpret)
 
 
 def _sixteen(x, w, axes, dtype, tiles: HopperTiles, interpret):

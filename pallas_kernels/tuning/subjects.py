@@ -32,8 +32,6 @@ TPU_ROWS, TPU_COLUMNS, TPU_SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024)
 """Rows of x, columns of w and what is summed, in a block."""
 GPU_BLOCKS = (1, 132, 264)
 """Into how many K, or a cache, is cut: an H200 has 132 processors."""
-GPU_WARPGROUPS = (1, 2, 4)
-"""Warpgroups of a block that each work on their own."""
 TPU_HELD, TPU_SPLITS = (256, 512, 1024, 2048, 4096, 8192), (1, 2)
 """Tokens times heads in a block of a cache, and into how many parts a row is divided."""
 
@@ -164,13 +162,12 @@ def quant_matmul(
         table = look_up(product_tpu.TABLE, kind, **sizes)
         run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
     else:
+        eight = isinstance(a, Quantised)
+        columns = (*GPU_STEPS, 256) if eight else GPU_STEPS
+        blocks = (1,) if eight else GPU_BLOCKS
+        candidates = _product(rows=GPU_STEPS, columns=columns, stages=GPU_STAGES[1:], blocks=blocks)
         sizes = product_gpu.sizes_of(a, b, (-1, -2))
         table = look_up(product_gpu.table_of(a), kind, **sizes)
-        if isinstance(table, product_gpu.FewRowsTiles):
-            candidates = _product(warpgroups=GPU_WARPGROUPS, stages=(*GPU_STAGES, 6), blocks=GPU_BLOCKS)
-        else:
-            blocks = (1,) if isinstance(a, Quantised) else GPU_BLOCKS
-            candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, stages=GPU_STAGES[1:], blocks=blocks)
         call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)
         run = lambda tiles: lambda a, b: product_gpu.product_mosaic_gpu(a, b, tiles=tiles, **call)
     name = operands_name(a, b, dtype)

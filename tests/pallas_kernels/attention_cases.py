@@ -1,10 +1,75 @@
 """What attention kernels are tested with: float64 by its definition, and the errors that are looked at."""
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.pallas_kernels.attention import MaskSpec
+from jaxpar.pallas_kernels.attention.differentiable import attend
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+INPUTS = {
+    "normal": lambda x, n: x,
+    "outlier channels": lambda x, n: x * np.where(np.arange(x.shape[-1]) % 16 == 3, 20, 1).astype(x.dtype),
+    "all equal": lambda x, n: np.full_like(x, 0.5),
+    "large logits": lambda x, n: 30 * x if n < 2 else x,
+    "ramp": lambda x, n: x * np.linspace(-1, 2, x.shape[1], dtype=x.dtype).reshape(1, -1, *[1] * (x.ndim - 2)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A program; `mask` and `starts` are data in it.
+
+    Attributes:
+      shape: B, T, S, H, G, K.
+      tiles: of the kernel; None: those of its table.
+    """
+
+    shape: tuple[int, ...]
+    mask: MaskSpec
+    dtype: type = jnp.float32
+    starts: tuple[int, int] = (0, 0)
+    cap: float | None = None
+    tiles: Any = None
+    scale: float = 0.3
+
+
+def program(case: Case, make: Callable):
+    """`(q, k, v, d_out, d_lse, mask, starts) -> out, lse, dq, dk, dv`, compiled once. `make`: an implementation's plan."""
+
+    def run(q, k, v, d_out, d_lse, mask, starts):
+        (out, lse), back = jax.vjp(lambda *x: attend(plan, *x, mask, starts), q, k, v)
+        return out, lse, *back((d_out, d_lse))
+
+    B, T, S, H, G, K = case.shape
+    q, k = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in ((B, T, H, K), (B, S, G, K)))
+    plan = make(q, k, k, mask=case.mask, scale=case.scale, cap=case.cap, q_start=jnp.int32(0), k_start=jnp.int32(0))
+    return jax.jit(run)
+
+
+def documents(B, N, seed):
+    """Sorted documents 1 to 3, each row then ends in padding."""
+    found = np.sort(np.random.default_rng(seed).integers(1, 4, (B, N)), axis=1)
+    found[:, N - 3 :] = 0
+    return found.astype(np.int32)
+
+
+def arguments(case, kind="normal", seed=0):
+    q, k, v, d_out, d_lse = draw(seed, *case.shape)
+    q, k, v, d_out = (jnp.asarray(INPUTS[kind](x, n), case.dtype) for n, x in enumerate((q, k, v, d_out)))
+    return q, k, v, d_out, jnp.asarray(d_lse)
+
+
+def truth(case, given):
+    B, T, S = case.shape[:3]
+    lifted = [np.asarray(x.astype(jnp.float32)) for x in given]
+    return float64(*lifted, seen_by(case.mask, B, T, S, *case.starts), case.scale, case.cap)
 
 
 def draw(seed, B, T, S, H, G, K):

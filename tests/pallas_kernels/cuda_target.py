@@ -101,10 +101,20 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program: its kernels, and the bytes that it takes beside its arguments and results."""
+    """A program: its kernels, the bytes that it takes beside its arguments and results, and XLA's text of it."""
 
     kernels: tuple[Kernel, ...]
     temp_bytes: int
+    text: str
+
+    def in_place(self) -> tuple[int, int]:
+        """How many calls write into an operand, in all and inside of fusions, which do not know of it."""
+        found = inside = 0
+        for computation in re.split(r"\n\n", self.text):
+            calls = computation.count("output_to_operand_aliasing=")
+            found += calls
+            inside += calls * bool(re.search(r"^%?[\w.-]*fusion", computation.lstrip()))
+        return found, inside
 
 
 @functools.cache
@@ -140,7 +150,7 @@ def compiled(function, *shapes) -> Compiled:
             traced = jax.jit(function).trace(*jax.tree.map(place, shapes))
             done = traced.lower(lowering_platforms=("cuda",)).compile()
         kernels = tuple(_read(file) for file in sorted(Path(folder).glob("*.ptx")))
-    return Compiled(kernels, done.memory_analysis().temp_size_in_bytes)
+    return Compiled(kernels, done.memory_analysis().temp_size_in_bytes, done.as_text())
 
 
 def _read(ptx: Path) -> Kernel:

@@ -15,12 +15,21 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from jaxpar.pallas_kernels import gpu
 from jaxpar.pallas_kernels.attention import ATTENTION, MaskSpec, attention, mosaic_gpu
-from jaxpar.pallas_kernels.attention.differentiable import attend
 from jaxpar.pallas_kernels.attention.labels import kinds, labels
 from jaxpar.pallas_kernels.attention.xla import xla_plan
 from jaxpar.pallas_kernels.dispatch import explain
-from tests.pallas_kernels.attention_cases import draw, errors, no_worse, seen_by
-from tests.pallas_kernels.test_attention_mosaic_tpu import NAMES, Case, arguments, documents, truth
+from tests.pallas_kernels.attention_cases import (
+    NAMES,
+    Case,
+    arguments,
+    documents,
+    draw,
+    errors,
+    no_worse,
+    program,
+    seen_by,
+    truth,
+)
 
 pytestmark = pytest.mark.quick
 interpreted = pytest.mark.skipif(
@@ -58,19 +67,9 @@ def programs(name):
     """As in `test_attention_mosaic_tpu`; the interpreter raises where copies and reads race."""
     case = CASES[name]
 
-    def program(make):
-        def run(q, k, v, d_out, d_lse, mask, starts):
-            (out, lse), back = jax.vjp(lambda *x: attend(plan, *x, mask, starts), q, k, v)
-            return out, lse, *back((d_out, d_lse))
-
-        B, T, S, H, G, K = case.shape
-        q, k = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in ((B, T, H, K), (B, S, G, K)))
-        plan = make(q, k, k, mask=case.mask, scale=case.scale, cap=case.cap, q_start=jnp.int32(0), k_start=jnp.int32(0))
-        return jax.jit(run)
-
     careful = plgpu.InterpretGPUParams(detect_races=True)
     kernels = lambda *x, **more: mosaic_gpu.plan(*x, tiles=case.tiles, interpret=careful, **more)
-    return program(kernels), program(xla_plan)
+    return program(case, kernels), program(case, xla_plan)
 
 
 @interpreted
@@ -168,8 +167,9 @@ def test_who_gets_the_kernel():
     with jax.sharding.use_abstract_mesh(B200):
         assert reason(q, k, k) == "is written for Hopper GPUs, and here is a NVIDIA B200"
     with jax.sharding.use_abstract_mesh(H200):
-        # Nothing that has not been seen on a chip is chosen without its name.
-        assert reason(q, k, k).endswith("only with what cuDNN can do as well, so that only its name chooses it")
+        assert reason(q, k, k) == "is chosen on NVIDIA GPUs"
+        few = shape(1, 8, 4, 64)
+        assert reason(few, k, k).endswith("only its name chooses it for fewer than 64, and here are 8")
         run = jax.jit(lambda *x: attention(*x, **call, implementation="mosaic_gpu"))
         text = run.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1

@@ -1,8 +1,8 @@
 """The TPU attention kernels in Pallas' interpreter: against float64, no worse than 1.5 times plain XLA, and what they must
 not read, skip or ignore. `test_attention_mutants` shows that these checks see what is wrong."""
 
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +16,26 @@ from jaxpar.pallas_kernels.attention import MaskSpec, attention, mosaic_tpu
 from jaxpar.pallas_kernels.attention.differentiable import attend
 from jaxpar.pallas_kernels.attention.labels import labels
 from jaxpar.pallas_kernels.attention.xla import xla_plan
-from tests.pallas_kernels.attention_cases import draw, errors, float64, no_worse, seen_by
+from tests.pallas_kernels import attention_cases
+from tests.pallas_kernels.attention_cases import (
+    INPUTS,
+    NAMES,
+    arguments,
+    documents,
+    draw,
+    errors,
+    no_worse,
+    program,
+    seen_by,
+    truth,
+)
 
-TILES = mosaic_tpu.AttentionTiles(16, 8, 8, 16)
+Case = partial(attention_cases.Case, tiles=mosaic_tpu.AttentionTiles(16, 8, 8, 16))
 CEILINGS = {jnp.bfloat16: 8e-3, jnp.float32: 2e-6}
 """Of the relative error of normal data, whatever XLA's is."""
 UNITS = {jnp.bfloat16: 2**-8, jnp.float32: 2**-18}
 """A difference that is rounding, where XLA has less by luck: a unit in the last place, and in float32 what sums add to it."""
 WINDOW = jnp.int32(9)
-
-
-def documents(B, N, seed):
-    """Sorted documents 1 to 3, each row then ends in padding."""
-    found = np.sort(np.random.default_rng(seed).integers(1, 4, (B, N)), axis=1)
-    found[:, N - 3 :] = 0
-    return found.astype(np.int32)
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A program; `mask` and `starts` are data in it."""
-
-    shape: tuple[int, ...]
-    mask: MaskSpec
-    dtype: type = jnp.float32
-    starts: tuple[int, int] = (0, 0)
-    cap: float | None = None
-    tiles: mosaic_tpu.AttentionTiles = field(default=TILES)
-    scale: float = 0.3
 
 
 CASES = {
@@ -65,13 +57,6 @@ CASES = {
         ),
     ),
 }
-INPUTS = {
-    "normal": lambda x, n: x,
-    "outlier channels": lambda x, n: x * np.where(np.arange(x.shape[-1]) % 16 == 3, 20, 1).astype(x.dtype),
-    "all equal": lambda x, n: np.full_like(x, 0.5),
-    "large logits": lambda x, n: 30 * x if n < 2 else x,
-    "ramp": lambda x, n: x * np.linspace(-1, 2, x.shape[1], dtype=x.dtype).reshape(1, -1, *[1] * (x.ndim - 2)),
-}
 
 
 @cache
@@ -79,33 +64,8 @@ def programs(name):
     """The case's kernels, and XLA: `(q, k, v, d_out, d_lse, mask, starts) -> out, lse, dq, dk, dv`, compiled once."""
     case = CASES[name]
 
-    def program(make):
-        def run(q, k, v, d_out, d_lse, mask, starts):
-            (out, lse), back = jax.vjp(lambda *x: attend(plan, *x, mask, starts), q, k, v)
-            return out, lse, *back((d_out, d_lse))
-
-        B, T, S, H, G, K = case.shape
-        q, k = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in ((B, T, H, K), (B, S, G, K)))
-        plan = make(q, k, k, mask=case.mask, scale=case.scale, cap=case.cap, q_start=jnp.int32(0), k_start=jnp.int32(0))
-        return jax.jit(run)
-
     kernels = lambda *x, **more: mosaic_tpu.plan(*x, tiles=case.tiles, interpret=True, **more)
-    return program(kernels), program(xla_plan)
-
-
-def arguments(case, kind="normal", seed=0):
-    q, k, v, d_out, d_lse = draw(seed, *case.shape)
-    q, k, v, d_out = (jnp.asarray(INPUTS[kind](x, n), case.dtype) for n, x in enumerate((q, k, v, d_out)))
-    return q, k, v, d_out, jnp.asarray(d_lse)
-
-
-def truth(case, given):
-    B, T, S = case.shape[:3]
-    lifted = [np.asarray(x.astype(jnp.float32)) for x in given]
-    return float64(*lifted, seen_by(case.mask, B, T, S, *case.starts), case.scale, case.cap)
-
-
-NAMES = ("out", "lse", "dq", "dk", "dv")
+    return program(case, kernels), program(case, xla_plan)
 
 
 @pytest.mark.parametrize("name", CASES)

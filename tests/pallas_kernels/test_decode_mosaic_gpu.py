@@ -39,7 +39,7 @@ CASES = {
         (1, 2, 224, 8, 8, 64), Tiles(64, 1, blocks=1), (210,), jnp.bfloat16, "int8_row", 32, window=150
     ),
     # What XLA rounds, too: codes with their scales.
-    "int4 blocks": Case((1, 1, 210, 2, 1, 128), Tiles(64, 1, blocks=1), (140,), jnp.bfloat16, "int4_g32"),
+    "int4 blocks": Case((1, 1, 216, 2, 1, 128), Tiles(64, 1, blocks=1), (140,), jnp.bfloat16, "int4_g32"),
     "int4, pages of several steps": Case(
         (2, 1, 256, 4, 2, 128), Tiles(64, 1, blocks=1), (300, 130), jnp.bfloat16, "int4_row", page=128
     ),
@@ -100,7 +100,7 @@ def test_lengths_windows_and_tables_are_data():
 MUTANTS = (
     (gpu_kernel, "jnp.where(top == -jnp.inf, 0.0, top)", "top"),
     (gpu_kernel, "(column < behind)", "(column <= behind)"),
-    (gpu_kernel, " & (column >= at)", ""),
+    (gpu_kernel, "top * LOG2)", "top)"),
     (gpu_kernel, "jnp.where(token < x.held, found, jnp.zeros_like(found))", "found"),
     (gpu_kernel, "x.first = first + x.split * share", "x.first = first"),
     (mosaic_gpu, "* k.shape[-4]\n", "* 0\n"),
@@ -191,7 +191,8 @@ def test_who_gets_the_kernel():
         (reason(k=codes("int8_row", places=(9, 16)), table_BxP=table), "at least 32 slots with int8_row, got 16"),
         (reason(q=shape(2, 1, 8, 80), k=shape(2, 256, 2, 80)), "head sizes of 64, 128 and 256, got 80"),
         (reason(q=shape(2, 17, 8, 128)), "1 to 16 queries a row, and 64 that share a key/value head, got 17 and 68"),
-        (reason(k=shape(2, 63, 2, 128)), "at least 64 slots, got 63"),
+        (reason(k=shape(2, 56, 2, 128)), "at least 64 slots, and of whole eights, got 56"),
+        (reason(k=shape(2, 100, 2, 128)), "at least 64 slots, and of whole eights, got 100"),
         (reason(k=shape(9, 24, 2, 128), table_BxP=table), "a power of two of slots from 8 on, got 3 of 24"),
     ):
         assert words in found
@@ -200,13 +201,7 @@ def test_who_gets_the_kernel():
         assert reason() == "is written for Hopper GPUs, and here is a NVIDIA B200"
     with jax.sharding.use_abstract_mesh(H200):
         assert reason() == "is chosen on NVIDIA GPUs"
-        for found, kind in (
-            (reason(k=shape(9, 16, 2, 128), table_BxP=table), "in pages"),
-            (reason(k=codes("int4_row")), "in int4_row"),
-            (reason(k=codes("int4_g32", places=(9, 32)), table_BxP=table), "in int4_g32 in pages"),
-            (reason(q=shape(2, 1, 8, 256), k=shape(2, 256, 2, 256)), "with a head size of 256"),
-        ):
-            assert found.endswith(f"of head sizes 64 and 128 only, so that only its name chooses it for one {kind}")
+        assert reason(k=codes("int4_g32", places=(9, 32)), table_BxP=table) == "is chosen on NVIDIA GPUs"
         run = jax.jit(lambda *x: decode_attention(*x, scale=1.0))
         text = run.trace(q, k, k, lens).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1

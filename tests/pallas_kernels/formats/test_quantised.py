@@ -374,3 +374,17 @@ def test_names():
     assert formats.get("fp6_e3m2_g64").block == 64
     assert not formats.get("mxint8-asymmetric").element.symmetric
     assert partial(formats.get("mxint8").misfit, 64)() is None
+
+
+def test_laid_along_is_the_same_array_with_its_quantised_dimension_innermost():
+    """A stack of layers too; a compiled function takes it as it lies."""
+    w = jax.random.normal(jax.random.key(0), (2, 64, 32))
+    q = formats.quantise(w, "int8_row", 1)
+    laid = formats.laid_along(q)
+    assert (laid.format, laid.axis, laid.shape) == (q.format, q.axis, q.shape)
+    assert laid.codes.format.layout.major_to_minor == (0, 2, 1)
+    compiled = jax.jit(formats.dequantise).lower(laid).compile()
+    assert compiled.input_formats[0][0].codes.layout.major_to_minor == (0, 2, 1)
+    np.testing.assert_array_equal(compiled(laid), formats.dequantise(q))
+    with pytest.raises(ValueError, match="takes arrays in memory, and this one is traced; lay it before"):
+        jax.jit(formats.laid_along)(q)

@@ -12,11 +12,15 @@ K, N = 2048, 4096
 CASES = [
     # Rows of x, formats of x and w, dtype of the result, matrix instruction: every row of the block tables.
     (64, "int8_row", "int8_row", "bfloat16", "m64n128k32.s32.s8.s8"),
-    (512, "int8_row", "int8_row", "float32", "m64n128k32.s32.s8.s8"),
+    (512, "int8_row", "int8_row", "float32", "m64n256k32.s32.s8.s8"),
     (64, "fp8_e4m3_row", "fp8_e4m3_row", "bfloat16", "m64n128k32.f32.e4m3.e4m3"),
     (512, "fp8_e4m3_row", "fp8_e4m3_row", "float32", "m64n128k32.f32.e4m3.e4m3"),
+    (1, None, "int4_g128", "bfloat16", "m64n128k16.f32.bf16.bf16"),
     (512, None, "int4_g128", "bfloat16", "m64n128k16.f32.bf16.bf16"),
+    (64, None, "int8_row", "bfloat16", "m64n64k16.f32.bf16.bf16"),
     (512, None, "int8_row", "bfloat16", "m64n64k16.f32.bf16.bf16"),
+]
+FEW_ROWS = [
     (1, None, "int4_g128", "bfloat16", "m64n8k16.f32.bf16.bf16"),
     (16, None, "int4_row", "bfloat16", "m64n16k16.f32.bf16.bf16"),
     (64, None, "int4_g128", "bfloat16", "m64n64k16.f32.bf16.bf16"),
@@ -33,11 +37,12 @@ def compiled() -> list[dict]:
     from jaxpar.pallas_kernels.matmul import Operands, quant_matmul
 
     found = []
-    for rows, inputs, weights, dtype, _ in CASES:
+    cases = [("mosaic_gpu", case) for case in CASES] + [("mosaic_gpu_few_rows", case) for case in FEW_ROWS]
+    for name, (rows, inputs, weights, dtype, _) in cases:
         x = jax.ShapeDtypeStruct((rows, K), dtype)
         w = jax.eval_shape(lambda w, weights=weights: quantise(w, weights, 0), jax.ShapeDtypeStruct((K, N), "float32"))
         how = Operands(inputs and get(inputs))
-        done = cuda_target.compiled(lambda x, w, how=how: quant_matmul(x, w, how, implementation="mosaic_gpu"), x, w)
+        done = cuda_target.compiled(lambda x, w, how=how, name=name: quant_matmul(x, w, how, implementation=name), x, w)
         found.append(
             {
                 "kernels": [
@@ -56,22 +61,50 @@ def compiled() -> list[dict]:
     return found
 
 
+def laid() -> tuple[int, int]:
+    """Bytes that a product of int8 takes beside its operands, w as JAX lays it, and along K."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.layout import Format, Layout
+
+    from jaxpar.pallas_kernels.formats import quantise
+    from jaxpar.pallas_kernels.matmul.mosaic_gpu import product_mosaic_gpu
+
+    there = jax.sharding.NamedSharding(cuda_target.mesh(), jax.sharding.PartitionSpec())
+    coded = lambda shape, axis: jax.eval_shape(
+        lambda w: quantise(w, "int8_row", axis), jax.ShapeDtypeStruct(shape, "float32")
+    )
+    put = lambda q, how: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), q)
+    a = put(coded((256, K), 1), there)
+    found = []
+    for how in (there, Format(Layout((1, 0)), there)):
+        with jax.sharding.use_abstract_mesh(cuda_target.mesh().abstract_mesh):
+            run = jax.jit(lambda a, b: product_mosaic_gpu(a, b, (-1, -2), jnp.bfloat16))
+            done = run.trace(a, put(coded((K, N), 0), how)).lower(lowering_platforms=("cuda",)).compile()
+        found.append(done.memory_analysis().temp_size_in_bytes)
+    return tuple(found)
+
+
 @cuda_target.needs_compiler
 def test_every_row_of_the_tables_compiles_without_spills(tmp_path):
     """In a process of its own: JAX has started with CPU devices in this one."""
     from jaxpar.pallas_kernels.matmul import mosaic_gpu
 
-    assert len(CASES) == 2 * len(mosaic_gpu.EIGHT) + len(mosaic_gpu.SIXTEEN) + len(mosaic_gpu.FEW_ROWS)
+    assert len(CASES) == sum(map(len, (mosaic_gpu.INTEGERS, mosaic_gpu.FLOATS, mosaic_gpu.SIXTEEN)))
+    assert len(FEW_ROWS) == len(mosaic_gpu.FEW_ROWS)
     file = tmp_path / "found.json"
     run = start(["-m", "tests.pallas_kernels.matmul.test_matmul_cuda_aot", file], **cuda_target.environment())
     assert run.wait(600) == 0, run.output
-    for case, found in zip(CASES, json.loads(file.read_text()), strict=True):
+    made = json.loads(file.read_text())
+    # A byte a weight, for its transposition; nothing of weights that lie along K already.
+    assert made["laid"] == [K * N, 0]
+    for n, (case, found) in enumerate(zip(CASES + FEW_ROWS, made["cases"], strict=True)):
         rows, inputs, weights, _, product = case
         (kernel,) = found["kernels"]
         assert kernel["target"] == "sm_90a"
         assert kernel["products"] == [product], case
         assert kernel["spills"] == 0, case
-        if inputs is None and rows <= 64:
+        if n >= len(CASES):
             # A block of up to four warpgroups; one kernel, and nothing padded, split or added up by another.
             assert kernel["registers"] <= (128 if rows <= 16 else 255)
             assert found["temp"] == 0, (case, found)
@@ -85,4 +118,4 @@ def test_every_row_of_the_tables_compiles_without_spills(tmp_path):
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(compiled()))
+    Path(sys.argv[1]).write_text(json.dumps({"cases": compiled(), "laid": laid()}))

@@ -84,7 +84,8 @@ def errors(found, exact) -> tuple[float, float, float]:
 
 
 def run(module, kind: str, a, b, interpret=True):
-    return module.product_mosaic_gpu(a, b, AXES, result(kind), interpret=interpret, tiles=TILES[kind])
+    multiply = module.product_few_rows if kind.startswith("few rows") else module.product_mosaic_gpu
+    return multiply(a, b, AXES, result(kind), interpret=interpret, tiles=TILES[kind])
 
 
 @interpreted
@@ -101,11 +102,21 @@ def test_kernels_are_no_worse_than_xla_and_have_no_races(kind):
         assert ours <= max(1.5 * xla, floor)
 
 
+@interpreted
+def test_the_widest_tile_gives_the_same_bits():
+    rng = np.random.default_rng(2)
+    a = quantise(jnp.asarray(rng.standard_normal((130, 384)), jnp.float32), "int8_row", 1)
+    b = quantise(jnp.asarray(rng.standard_normal((384, 256)), jnp.float32), "int8_row", 0)
+    tiles = mosaic_gpu.HopperTiles(64, 256, stages=2)
+    found = mosaic_gpu.product_mosaic_gpu(a, b, AXES, jnp.float32, interpret=True, tiles=tiles)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(product(a, b, AXES, jnp.float32)))
+
+
 BROKEN = [
     ("w8a8", "* lax.broadcast_in_dim(along, shape, [0])", ""),
     ("w8a8", "x.scales_b.at[pl.ds(x.column * columns, columns)]", "x.scales_b.at[pl.ds(0, columns)]"),
     ("w8a8", "x.b.at[pl.ds(x.column * columns, columns), along]", "x.b.at[pl.ds(0, columns), along]"),
-    ("fp8", "t + product(slot, start)", "product(slot, start)"),
+    ("fp8", "t + product(start)", "product(start)"),
     ("fp8", "first_column + start, CHUNK", "first_column, CHUNK"),
     ("w4a16", "^ 8)", ")"),
     ("w4a16", "* 0.0625", "* 0.125"),
@@ -196,16 +207,34 @@ def test_the_public_function_runs_them_forwards_and_backwards():
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(theirs, np.float32))
 
 
-def test_only_its_name_chooses_a_kernel_that_has_not_been_measured():
-    x = jax.ShapeDtypeStruct((16, 256), jnp.bfloat16)
-    w = jax.eval_shape(lambda w: quantise(w, "int4_g128", 0), jax.ShapeDtypeStruct((256, 128), jnp.float32))
+def test_what_has_been_seen_to_be_faster_is_chosen():
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+    coded = lambda sizes, form, axis: jax.eval_shape(
+        lambda w: quantise(w, form, axis), shape(*sizes, dtype=jnp.float32)
+    )
+    weights = coded((4096, 4096), "int4_g128", 0)
+    eight = coded((4096, 256), "int8_row", 1), coded((256, 128), "int8_row", 0)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        verdicts = {one.name: one for one in explain(PRODUCT, x, w, axes=AXES, dtype=jnp.bfloat16)}
-        assert PRODUCT.choose("mosaic_gpu", x, w, axes=AXES, dtype=jnp.bfloat16).default.name == "mosaic_gpu"
-    assert verdicts["xla"].chosen == ("cuda",)
-    assert verdicts["mosaic_gpu"].reason == "has not been measured on a chip, so that only its name chooses it"
-    assert verdicts["mosaic_tpu"].reason == "runs on TPUs, and here are NVIDIA GPUs only"
+        asked = lambda a, b: {one.name: one for one in explain(PRODUCT, a, b, axes=AXES, dtype=jnp.bfloat16)}
+        for a, b in ((shape(16, 4096), weights), eight):
+            assert asked(a, b)["mosaic_gpu"].chosen == ("cuda",)
+        for a, b, seen in (
+            (shape(17, 4096), weights, "weights of 2^24 values or more with up to 16 rows"),
+            (shape(1, 256), coded((256, 128), "int4_g128", 0), "weights of 2^24 values or more with up to 16 rows"),
+            (coded((1000, 256), "int8_row", 1), eight[1], "int8 with int8 forwards from 1024 rows on"),
+        ):
+            verdicts = asked(a, b)
+            assert verdicts["xla"].chosen == ("cuda",)
+            assert verdicts["mosaic_gpu"].reason == (
+                f"has been seen to be faster than XLA for {seen}, so that only its name chooses it elsewhere"
+            )
+            assert PRODUCT.choose("mosaic_gpu", a, b, axes=AXES, dtype=jnp.bfloat16).default.name == "mosaic_gpu"
+        assert verdicts["mosaic_tpu"].reason == "runs on TPUs, and here are NVIDIA GPUs only"
+        few = lambda a, b: asked(a, b)["mosaic_gpu_few_rows"].reason
+        assert few(shape(16, 4096), weights) == "has not been measured on a chip, so that only its name chooses it"
+        assert few(shape(65, 4096), weights) == "takes up to 64 rows of x, got 65"
+        assert few(*eight) == "takes w in int4 or int8 with x in bfloat16, got x in int8_row"
 
 
 @pytest.mark.parametrize(
