@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 
 import jax
 import jax.numpy as jnp
@@ -136,12 +136,13 @@ def same_bits() -> bool:
     )
 
 
-_TAKES_INDEX = "idx" in signature(plgpu.load).parameters
+_WANTS_INDEX = getattr(signature(plgpu.load).parameters.get("idx"), "default", None) is Parameter.empty
+"""Until 0.10; in 0.11 it may be given and is deprecated."""
 
 
 def load(ref, layout=None):
     """All of a reference as an array with this layout over the threads."""
-    return plgpu.load(ref, (), layout=layout) if _TAKES_INDEX else plgpu.load(ref, layout=layout)
+    return plgpu.load(ref, (), layout=layout) if _WANTS_INDEX else plgpu.load(ref, layout=layout)
 
 
 def zeros(shape: tuple[int, ...], layout=None):

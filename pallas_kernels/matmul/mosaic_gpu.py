@@ -50,6 +50,13 @@ class HopperTiles:
     stages: int = 4
     blocks: int = 1
 
+    def __post_init__(self):
+        if self.rows not in (64, 128) or self.columns not in (64, 128, 256) or self.rows * self.columns > 128 * 128:
+            raise ValueError(
+                f"HopperTiles must be of 64 or 128 rows and 64 or 128 columns, or of 64 rows and 256 columns, got {self.rows} "
+                f"and {self.columns}"
+            )
+
 
 INTEGERS = (
     Row(HopperTiles(64, 128), most=(("rows", 128),)),
@@ -214,6 +221,8 @@ def _eight(a, b, axes, dtype, tiles: HopperTiles, interpret):
         jnp.broadcast_to(along(q.scales, axis)[:, 0], (size,)) for q, axis, size in ((a, axes[0], M), (b, axes[1], N))
     ]
     arrays = {"a": _rows(a_MxK, rows), "b": b_NxK, "scales_a": _rows(scales[0], rows), "scales_b": scales[1]}
+    if tiles.stages < 2:
+        raise ValueError(f"HopperTiles.stages must be at least 2 for two operands in 8 bits, got {tiles.stages}")
     columns = tiles.columns if N % tiles.columns == 0 else BLOCK
     settings = gpu_kernels.Settings(
         tiles.rows, columns, tiles.stages, K // STEP, dtype, operand=kind, interpret=bool(interpret)

@@ -19,7 +19,7 @@ from jaxpar.pallas_kernels.formats.format import get
 from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
 from jaxpar.pallas_kernels.matmul import mosaic_gpu as product_gpu
 from jaxpar.pallas_kernels.matmul import mosaic_tpu as product_tpu
-from jaxpar.pallas_kernels.matmul.products import operands_name
+from jaxpar.pallas_kernels.matmul.products import integer, operands_name
 from jaxpar.pallas_kernels.tiles import look_up
 from jaxpar.pallas_kernels.tuning.search import Part, Subject
 
@@ -162,10 +162,10 @@ def quant_matmul(
         table = look_up(product_tpu.TABLE, kind, **sizes)
         run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
     else:
-        eight = isinstance(a, Quantised)
-        columns = (*GPU_STEPS, 256) if eight else GPU_STEPS
-        blocks = (1,) if eight else GPU_BLOCKS
-        candidates = _product(rows=GPU_STEPS, columns=columns, stages=GPU_STAGES[1:], blocks=blocks)
+        more = dict(stages=GPU_STAGES[1:], blocks=(1,) if isinstance(a, Quantised) else GPU_BLOCKS)
+        candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, **more)
+        if integer(a):
+            candidates += _product(rows=GPU_STEPS[:1], columns=(256,), **more)
         sizes = product_gpu.sizes_of(a, b, (-1, -2))
         table = look_up(product_gpu.table_of(a), kind, **sizes)
         call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)

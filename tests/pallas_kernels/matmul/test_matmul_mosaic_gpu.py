@@ -207,6 +207,14 @@ def test_the_public_function_runs_them_forwards_and_backwards():
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(theirs, np.float32))
 
 
+def test_tiles_that_no_kernel_has_are_told():
+    with pytest.raises(ValueError, match="of 64 rows and 256 columns, got 128 and 256"):
+        mosaic_gpu.HopperTiles(128, 256)
+    a, b, _ = operands("w8a8")
+    with pytest.raises(ValueError, match="stages must be at least 2 for two operands in 8 bits, got 1"):
+        mosaic_gpu.product_mosaic_gpu(a, b, AXES, jnp.float32, tiles=mosaic_gpu.HopperTiles(64, 128, stages=1))
+
+
 def test_what_has_been_seen_to_be_faster_is_chosen():
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
