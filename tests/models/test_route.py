@@ -60,7 +60,6 @@ def assert_close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.max(jnp.abs(b)) + 1e-6))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("loop", ["scan", "unroll"])
 def test_a_route_is_its_layers_one_after_the_other(loop):
     """Windows and dropout stay those of the layer, wherever in the route it runs."""
@@ -119,7 +118,6 @@ def masked(cfg, params, keep):
     return decoder.head(cfg, params, state, ctx, TARGETS).loss_sum
 
 
-@pytest.mark.quick
 def test_skipped_layers_cost_nothing():
     """Executed FLOPs of a training step fall in proportion; those of a masked model do not."""
     cfg = CFG.replace(layers=3, dropout=0.0)

@@ -144,7 +144,6 @@ def test_accumulation_around_a_pipeline(devices):
     assert_equal(run(LLAMA, MESH("data=2,stage=2"), microbatches=2), reference("llama"))
 
 
-@pytest.mark.quick
 def test_the_comparison_can_fail(devices):
     """A model that differs by one epsilon is told apart."""
     other = dataclasses.replace(LLAMA, norm=dataclasses.replace(LLAMA.norm, epsilon=1e-2))

@@ -77,7 +77,6 @@ def choices(key, skip):
     return found
 
 
-@pytest.mark.quick
 def test_chance_routes_every_token_in_every_layer_by_itself():
     cfg = CFG.replace(feedforward=replace(CFG.feedforward, skip=0.25))
     key = jax.random.key(7)
@@ -132,7 +131,6 @@ def test_a_hard_temperature_is_the_argmax_and_decoding_is_the_whole_text_at_once
         np.testing.assert_allclose(logits[:, 0], whole[:, t], atol=1e-4)
 
 
-@pytest.mark.quick
 def test_flops_match_the_routes():
     """Of a decoding step only the chosen modules run; training runs both."""
     cache, token = kv.empty(CFG, 1, 8), INPUTS[:1, :1]

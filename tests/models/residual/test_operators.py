@@ -124,7 +124,6 @@ def test_blocks_of_the_short_window_are_the_window_written_out():
     assert np.abs(again[own == 1] - found[own == 1]).min() > 0
 
 
-@pytest.mark.quick
 def test_the_read_over_depth_is_short_window_attention_on_the_transposed_stack():
     """One operator over either dimension (residual-stream duality), and the sequence is the wrong one."""
     for window in (1, 2, 4):
