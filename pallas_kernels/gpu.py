@@ -68,7 +68,8 @@ def kernel(
       grid: how many blocks along each named axis; `jax.lax.axis_index` gives a block's place, and along "warpgroup" the
         warpgroup's.
       warpgroups: in each block.
-      cluster: how many blocks along each named axis of a cluster; each place of the grid is one.
+      cluster: how many blocks along each named axis of a cluster; each place of the grid is one. In the interpreter, which has
+        no copies to several blocks, each copies all of it for itself.
       scratch: `plgpu.SMEM`, `plgpu.Barrier`; shared by the warpgroups of a block.
       approximate: take the chip's fast exp2, log2 and reciprocal.
     """

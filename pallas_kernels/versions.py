@@ -39,6 +39,16 @@ def device_kind(platform: str) -> str | None:
     return jax.local_devices(backend=platform)[0].device_kind
 
 
+def processors(platform: str) -> int | None:
+    """The processors of the device that a kernel of this platform would run on: 132 of an H100; None where unknown."""
+    device = described()
+    if device is not None:
+        return device.num_cores if SAME.get(device.platform, device.platform) == platform else None
+    if platform not in jax.extend.backend.backends():
+        return None
+    return jax.local_devices(backend=platform)[0].core_count
+
+
 def split_by_compiler() -> bool:
     """Whether the compiler may split over devices what is traced now, which it cannot do with a Mosaic kernel.
 

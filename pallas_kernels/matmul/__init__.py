@@ -7,7 +7,8 @@ mixed.py        weights in 4 bits, activations in 4 or 8, block by block
 mixed_tpu.py    a kernel for TPUs that walks both kinds of blocks
 mosaic_tpu.py   kernels for TPUs: int8 with int8, and weights in 4 bits
 mosaic_gpu.py   kernels for Hopper GPUs: 8 bits with the same 8 bits, and weights in 4 or 8 bits
-gpu_kernels.py  what those do
+gpu_eight.py    what those of 8 bits with 8 bits do
+gpu_kernels.py  what those of weights in 4 or 8 bits do
 reference.py    the same in NumPy: float64, and int64 where both are integers
 """
 

@@ -1,7 +1,7 @@
-"""The bodies of the quantised products for Hopper GPUs: what the warpgroups of a block do.
+"""The body of the products of a 16-bit x for Hopper GPUs, and what it shares with `gpu_eight`.
 
 A block has two warpgroups that multiply and one that feeds them: it copies the tiles of the next steps along K into shared
-memory as places get free. The two share what they can: rows of one block of w in `eight`, and of one block of x in `sixteen`.
+memory as places get free. The two share what they can: rows of one block of w in `gpu_eight`, and of one block of x here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxpar.pallas_kernels import gpu
-from jaxpar.pallas_kernels.gpu import ACROSS, ALONG
+from jaxpar.pallas_kernels.gpu import ACROSS
 
 COMPUTE = 2
 """Warpgroups that multiply; the next one feeds them."""
@@ -38,11 +38,11 @@ class Settings:
 
     Attributes:
       rows: of a warpgroup's tile of the result, 64 or 128.
-      columns: of a warpgroup's tile of the result, 64, 128 or 256 (`eight`).
+      columns: of a warpgroup's tile of the result, 64, 128 or 256 (`gpu_eight`).
       stages: how many steps the feeder may be ahead.
       steps: along K, of one block.
       dtype: of the result.
-      operand: of what the matrix unit multiplies in `eight`: int8 or float8.
+      operand: of what the matrix unit multiplies in `gpu_eight`: int8 or float8.
       there: rows of x that there are in `sixteen`, where they are fewer than `rows`: a multiple of 8. What the others of a
         tile are is not defined, and no matter: a row of a product is one of x's alone.
       group: values along K that share a scale of w, in `sixteen`.
@@ -122,88 +122,6 @@ def write(x, settings: Settings, pieces, out, first_row, first_column, rows: int
         to = out.at[pl.ds(first_row + n * gpu.ROWS, rows), pl.ds(first_column + start, CHUNK)]
         plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, rows)], to)
     plgpu.wait_smem_to_gmem(0)
-
-
-def eight_scratch(settings: Settings) -> dict:
-    rows, columns, stages = settings.rows, settings.columns, settings.stages
-    return {
-        "a_tile": plgpu.SMEM((stages, COMPUTE, rows, STEP), settings.operand),
-        "b_tile": plgpu.SMEM((stages, columns, STEP), settings.operand),
-        "a_scales": plgpu.SMEM((COMPUTE, rows), jnp.float32),
-        "b_scales": plgpu.SMEM((columns,), jnp.float32),
-        "out_tile": settings.out_tile(),
-        "scales_ready": plgpu.Barrier(num_arrivals=COMPUTE + 1),
-        **barriers(settings, COMPUTE + 1),
-    }
-
-
-def eight(settings: Settings, names, *refs) -> None:
-    """`a [M, K] · b [N, K]ᵀ` of 8-bit operands, and at the end the scales of rows `a` and of rows `b`.
-
-    Integers are summed in int32 by the matrix unit from beginning to end. Its sums of float8 have fewer bits than float32
-    has (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): each step's is added to a float32 one.
-    """
-    x = place(names, refs)
-    rows, columns = settings.rows, settings.columns
-    first = (x.row * COMPUTE + x.warpgroup) * rows
-    shape = (gpu.ROWS, columns)
-
-    def whole(total_ref):
-        """One product is under way while the next one's tiles are waited for."""
-
-        @pl.loop(0, settings.steps)
-        def _(n):
-            slot = lax.rem(n, settings.stages)
-            plgpu.barrier_wait(x.ready.at[slot])
-            plgpu.wgmma(total_ref, x.a_tile.at[slot, x.warpgroup], x.b_tile.at[slot].transpose((1, 0)))
-            plgpu.wgmma_wait(1)
-
-            @pl.when(n > 0)
-            def _():
-                plgpu.barrier_arrive(x.used.at[lax.rem(n - 1, settings.stages)])
-
-        plgpu.wgmma_wait(0)
-        return total_ref[...].astype(jnp.float32)
-
-    def step(n, totals):
-        slot = lax.rem(n, settings.stages)
-        plgpu.barrier_wait(x.ready.at[slot])
-
-        def product(start):
-            a = x.a_tile.at[slot, x.warpgroup, pl.ds(start, gpu.ROWS)]
-            return gpu.mma(shape, a, x.b_tile.at[slot], transposed=True)
-
-        totals = [t + product(start) for t, start in zip(totals, settings.pieces, strict=True)]
-        plgpu.barrier_arrive(x.used.at[slot])
-        return totals
-
-    def multiply():
-        if jnp.issubdtype(settings.operand, jnp.integer):
-            total = pl.run_scoped(whole, plgpu.ACC((rows, columns), jnp.int32))
-            totals = [total[start : start + gpu.ROWS] for start in settings.pieces]
-        else:
-            totals = lax.fori_loop(0, settings.steps, step, [gpu.zeros(shape) for _ in settings.pieces])
-        plgpu.barrier_wait(x.scales_ready)
-        across = lax.broadcast_in_dim(gpu.load(x.b_scales, ACROSS), shape, [1])
-        for n, start in enumerate(settings.pieces):
-            along = gpu.load(x.a_scales.at[x.warpgroup, pl.ds(start, gpu.ROWS)], ALONG)
-            totals[n] = totals[n] * lax.broadcast_in_dim(along, shape, [0]) * across
-        write(x, settings, totals, x.out, first, x.column * columns)
-
-    def copies(step, slot):
-        along = pl.ds(step * STEP, STEP)
-        for w in range(COMPUTE):
-            yield x.a.at[pl.ds((x.row * COMPUTE + w) * rows, rows), along], x.a_tile.at[slot, w]
-        yield x.b.at[pl.ds(x.column * columns, columns), along], x.b_tile.at[slot]
-
-    def scales_and_tiles():
-        for w in range(COMPUTE):
-            here = pl.ds((x.row * COMPUTE + w) * rows, rows)
-            plgpu.copy_gmem_to_smem(x.scales_a.at[here], x.a_scales.at[w], x.scales_ready)
-        plgpu.copy_gmem_to_smem(x.scales_b.at[pl.ds(x.column * columns, columns)], x.b_scales, x.scales_ready)
-        feed(x, settings, copies)
-
-    roles(x, multiply, scales_and_tiles)
 
 
 def sixteen_scratch(settings: Settings) -> dict:

@@ -1,4 +1,5 @@
-"""Quantised products for Hopper GPUs by Pallas' Mosaic GPU backend: how kernels are called (`gpu_kernels`: what they do).
+"""Quantised products for Hopper GPUs by Pallas' Mosaic GPU backend: how kernels are called (`gpu_eight`, `gpu_kernels`:
+what they do).
 
     W8A8          int8 · int8 summed in int32, exactly, or e4m3 · e4m3 in float32; scales of rows and columns at the end.
                   The matrix unit wants both operands along K in memory: an operand that lies otherwise, as weights [K, N]
@@ -14,6 +15,7 @@ the high halves.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from jaxpar.pallas_kernels import gpu, versions
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 from jaxpar.pallas_kernels.formats.scales import Float32
-from jaxpar.pallas_kernels.matmul import gpu_few_rows, gpu_kernels
+from jaxpar.pallas_kernels.matmul import gpu_eight, gpu_few_rows, gpu_kernels
 from jaxpar.pallas_kernels.matmul.gpu_few_rows import FewRowsTiles
 from jaxpar.pallas_kernels.matmul.gpu_kernels import COMPUTE, STEP
 from jaxpar.pallas_kernels.matmul.products import integer, integers, operands_name
@@ -35,14 +37,13 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """Of a warpgroup's tile of the result.
+    """Of a warpgroup's tile of a product of a 16-bit x.
 
     Attributes:
       rows: 64 or 128.
-      columns: 64 or 128; 256 of two operands in 8 bits, with 64 rows.
-      stages: steps along K that shared memory holds, two at least of two operands in 8 bits.
-      blocks: weights in 4 or 8 bits with a 16-bit x: K is cut until there are this many blocks, where it can be, and their
-        sums are added afterwards.
+      columns: 64 or 128.
+      stages: steps along K that shared memory holds.
+      blocks: K is cut until there are this many blocks, where it can be, and their sums are added afterwards.
     """
 
     rows: int
@@ -51,21 +52,60 @@ class HopperTiles:
     blocks: int = 1
 
     def __post_init__(self):
-        if self.rows not in (64, 128) or self.columns not in (64, 128, 256) or self.rows * self.columns > 128 * 128:
+        _whole_tile(self, (64, 128))
+
+
+@dataclass(frozen=True)
+class EightTiles:
+    """Of a warpgroup's tile of a product of two operands in 8 bits, and of its blocks.
+
+    Attributes:
+      rows: 64 or 128.
+      columns: 64 or 128; 256 with 64 rows.
+      stages: steps along K that shared memory holds, two at least.
+      cluster_rows: blocks along the rows of the result that share their copies of w.
+      cluster_columns: blocks along the columns that share their copies of x, where N can be cut so.
+      band: tiles of clusters along the rows that are made before the next ones along the columns.
+    """
+
+    rows: int
+    columns: int
+    stages: int = 4
+    cluster_rows: int = 1
+    cluster_columns: int = 1
+    band: int = 8
+
+    def __post_init__(self):
+        _whole_tile(self, (64, 128, 256))
+        if self.rows * self.columns > 128 * 128:
+            raise ValueError(f"EightTiles of 256 columns have 64 rows, got {self.rows}: registers hold no more")
+        if self.stages < 2:
+            raise ValueError(f"EightTiles.stages must be at least 2, got {self.stages}")
+        if (
+            not 1 <= self.cluster_rows * self.cluster_columns <= 8
+            or min(self.cluster_rows, self.cluster_columns, self.band) < 1
+        ):
             raise ValueError(
-                f"HopperTiles must be of 64 or 128 rows and 64 or 128 columns, or of 64 rows and 256 columns, got {self.rows} "
-                f"and {self.columns}"
+                f"EightTiles must have clusters of 1 to 8 blocks and a band of at least 1, got {self.cluster_rows} x "
+                f"{self.cluster_columns} blocks and {self.band}"
             )
 
 
+def _whole_tile(tiles, columns: tuple[int, ...]) -> None:
+    if tiles.rows not in (64, 128) or tiles.columns not in columns:
+        raise ValueError(
+            f"{type(tiles).__name__} must have 64 or 128 rows and {', '.join(map(str, columns[:-1]))} or {columns[-1]} columns, "
+            f"got {tiles.rows} and {tiles.columns}"
+        )
+
+
 INTEGERS = (
-    Row(HopperTiles(64, 128), most=(("rows", 128),)),
-    Row(HopperTiles(64, 256)),
+    Row(EightTiles(64, 128), most=(("rows", 128),)),
+    Row(EightTiles(64, 256, cluster_rows=2)),
 )
 FLOATS = (
-    Row(HopperTiles(64, 128), most=(("rows", 128),)),
-    # A step's own sums stand beside all of them: no registers are left for more columns.
-    Row(HopperTiles(128, 128)),
+    Row(EightTiles(64, 128), most=(("rows", 128),)),
+    Row(EightTiles(128, 128, cluster_columns=2)),
 )
 SIXTEEN = (
     Row(HopperTiles(64, 128, stages=3, blocks=132), most=(("rows", 64), ("bits", 4))),
@@ -74,8 +114,9 @@ SIXTEEN = (
     Row(HopperTiles(128, 64, stages=2)),
 )
 """Tiles of int8 with int8, of float8 with float8, and of a 16-bit x, by the rows of x and the bits of w. That they compile for
-Hopper GPUs and fit their registers is tested. Of `INTEGERS` with many rows, the fastest of five on an H200 (128 x 128 is as fast
-within 1 %); the others have not been measured beside others: `jaxpar tune` does that."""
+Hopper GPUs and fit their registers is tested. Clusters have not run on a chip. Of int8 with many rows and blocks by themselves,
+64 x 256 was the fastest of five on an H200 (128 x 128 is as fast within 1 %); the others have not been measured beside others:
+`jaxpar tune` does that."""
 FEW_ROWS = (
     Row(FewRowsTiles(4, stages=4), most=(("rows", 8), ("bits", 4))),
     Row(FewRowsTiles(4, stages=3), most=(("rows", 16), ("bits", 4))),
@@ -176,7 +217,9 @@ def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
     return {"rows": a.shape[-3 - axes[0]], "columns": N, "sums": K, "bits": b.format.stored_bits}
 
 
-def product_mosaic_gpu(a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | None = None) -> jax.Array:
+def product_mosaic_gpu(
+    a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | EightTiles | None = None
+) -> jax.Array:
     """`products.product` of operands without a `misfit`: [M, N] in `dtype`.
 
     Args:
@@ -210,26 +253,43 @@ def _rows(x, count: int):
     return jnp.pad(x, ((0, _up(x.shape[0], count) - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
 
 
-def _eight(a, b, axes, dtype, tiles: HopperTiles, interpret):
+def _eight(a, b, axes, dtype, tiles: EightTiles, interpret):
     kind = _operand(a)
     codes = lambda q: integers(q) if kind == jnp.int8 else jax.lax.bitcast_convert_type(q.codes, kind)
     along = lambda x, axis: x if axis == -1 else x.T
-    rows = COMPUTE * tiles.rows
     a_MxK, b_NxK = (along(codes(q), axis) for q, axis in ((a, axes[0]), (b, axes[1])))
     (M, K), N = a_MxK.shape, b_NxK.shape[0]
+    columns = tiles.columns if N % tiles.columns == 0 else BLOCK
+    # As many values of the result, where it cannot have this many columns.
+    rows = tiles.rows * tiles.columns // columns
+    cluster = tiles.cluster_rows, tiles.cluster_columns if N % (columns * tiles.cluster_columns) == 0 else 1
+    together = COMPUTE * rows * cluster[0]
     scales = [
         jnp.broadcast_to(along(q.scales, axis)[:, 0], (size,)) for q, axis, size in ((a, axes[0], M), (b, axes[1], N))
     ]
-    arrays = {"a": _rows(a_MxK, rows), "b": b_NxK, "scales_a": _rows(scales[0], rows), "scales_b": scales[1]}
-    if tiles.stages < 2:
-        raise ValueError(f"HopperTiles.stages must be at least 2 for two operands in 8 bits, got {tiles.stages}")
-    columns = tiles.columns if N % tiles.columns == 0 else BLOCK
-    settings = gpu_kernels.Settings(
-        tiles.rows, columns, tiles.stages, K // STEP, dtype, operand=kind, interpret=bool(interpret)
-    )
+    arrays = {"a": _rows(a_MxK, together), "b": b_NxK, "scales_a": _rows(scales[0], together), "scales_b": scales[1]}
     M = arrays["a"].shape[0]
-    grid = {"split": 1, "column": N // columns, "row": M // rows}
-    return _call(gpu_kernels.eight, settings, arrays, (M, N), grid, interpret)
+    made = M // together, N // (columns * cluster[1])
+    settings = gpu_eight.Eight(
+        rows,
+        columns,
+        tiles.stages,
+        K // STEP,
+        dtype,
+        operand=kind,
+        interpret=bool(interpret),
+        cluster=cluster,
+        tiles=made,
+        clusters=min(_processors() // math.prod(cluster), math.prod(made)),
+        band=tiles.band,
+    )
+    grid, blocks = {"cluster": settings.clusters}, dict(zip(gpu_eight.PLACE, cluster, strict=True))
+    return _call(gpu_eight.eight, settings, arrays, (M, N), grid, interpret, module=gpu_eight, cluster=blocks)
+
+
+def _processors() -> int:
+    """Of the GPU that is compiled for. Where none is known, as for the interpreter, so few that blocks make several tiles."""
+    return versions.processors("cuda") or 4
 
 
 def _stored(w: Quantised) -> dict:
@@ -278,13 +338,14 @@ def _splits(steps: int, wanted: int, blocks: int) -> int:
     return next((n for n in parts if n * blocks >= wanted), parts[-1])
 
 
-def _call(kernel, settings, arrays, shape, grid, interpret):
-    scratch = getattr(gpu_kernels, f"{kernel.__name__}_scratch")(settings)
+def _call(kernel, settings, arrays, shape, grid, interpret, *, module=gpu_kernels, cluster=None):
+    scratch = getattr(module, f"{kernel.__name__}_scratch")(settings)
     call = gpu.kernel(
         partial(kernel, settings, (*arrays, "out", *scratch)),
         [versions.out_shape(shape, settings.dtype, *arrays.values())],
         grid=grid,
         warpgroups=COMPUTE + 1,
+        cluster=cluster,
         scratch=scratch.values(),
         interpret=interpret,
         name=f"quant_matmul_{kernel.__name__}",

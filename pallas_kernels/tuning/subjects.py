@@ -19,7 +19,7 @@ from jaxpar.pallas_kernels.formats.format import get
 from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
 from jaxpar.pallas_kernels.matmul import mosaic_gpu as product_gpu
 from jaxpar.pallas_kernels.matmul import mosaic_tpu as product_tpu
-from jaxpar.pallas_kernels.matmul.products import integer, operands_name
+from jaxpar.pallas_kernels.matmul.products import operands_name
 from jaxpar.pallas_kernels.tiles import look_up
 from jaxpar.pallas_kernels.tuning.search import Part, Subject
 
@@ -28,6 +28,8 @@ TPU_BLOCKS = (256, 512, 1024, 2048)
 """Queries or keys in a block."""
 GPU_STEPS, GPU_STAGES = (64, 128), (1, 2, 3, 4)
 """Tokens, rows or columns in a tile, and steps that shared memory holds."""
+GPU_TILES, GPU_BANDS = ((64, 128), (128, 128), (64, 256)), (4, 8, 16)
+"""Of two operands in 8 bits: rows and columns of a warpgroup's tile, and tiles of clusters in a band."""
 TPU_ROWS, TPU_COLUMNS, TPU_SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024), (256, 512, 1024, 2048)
 """Rows of x, columns of w and what is summed, in a block."""
 GPU_BLOCKS = (1, 132, 264)
@@ -162,10 +164,13 @@ def quant_matmul(
         table = look_up(product_tpu.TABLE, kind, **sizes)
         run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
     else:
-        more = dict(stages=GPU_STAGES[1:], blocks=(1,) if isinstance(a, Quantised) else GPU_BLOCKS)
-        candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, **more)
-        if integer(a):
-            candidates += _product(rows=GPU_STEPS[:1], columns=(256,), **more)
+        if isinstance(a, Quantised):
+            shared = _product(stages=GPU_STAGES[-1:], cluster_rows=(1, 2), cluster_columns=(1, 2), band=GPU_BANDS)
+            candidates = tuple(
+                dict(zip(("rows", "columns"), tile, strict=True)) | one for tile in GPU_TILES for one in shared
+            )
+        else:
+            candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, stages=GPU_STAGES[1:], blocks=GPU_BLOCKS)
         sizes = product_gpu.sizes_of(a, b, (-1, -2))
         table = look_up(product_gpu.table_of(a), kind, **sizes)
         call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)

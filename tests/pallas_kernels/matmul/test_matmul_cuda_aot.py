@@ -12,9 +12,9 @@ K, N = 2048, 4096
 CASES = [
     # Rows of x, formats of x and w, dtype of the result, matrix instruction: every row of the block tables.
     (64, "int8_row", "int8_row", "bfloat16", "m64n128k32.s32.s8.s8"),
-    (512, "int8_row", "int8_row", "float32", "m64n256k32.s32.s8.s8"),
+    (4096, "int8_row", "int8_row", "float32", "m64n256k32.s32.s8.s8"),
     (64, "fp8_e4m3_row", "fp8_e4m3_row", "bfloat16", "m64n128k32.f32.e4m3.e4m3"),
-    (512, "fp8_e4m3_row", "fp8_e4m3_row", "float32", "m64n128k32.f32.e4m3.e4m3"),
+    (4096, "fp8_e4m3_row", "fp8_e4m3_row", "float32", "m64n128k32.f32.e4m3.e4m3"),
     (1, None, "int4_g128", "bfloat16", "m64n128k16.f32.bf16.bf16"),
     (512, None, "int4_g128", "bfloat16", "m64n128k16.f32.bf16.bf16"),
     (64, None, "int8_row", "bfloat16", "m64n64k16.f32.bf16.bf16"),
@@ -52,6 +52,7 @@ def compiled() -> list[dict]:
                         "registers": kernel.registers,
                         "spills": kernel.spills,
                         "shared": kernel.shared,
+                        "to_several": "multicast::cluster" in kernel.ptx,
                     }
                     for kernel in done.kernels
                 ],
@@ -112,6 +113,8 @@ def test_every_row_of_the_tables_compiles_without_spills(tmp_path):
             # One block: two warpgroups with 232 registers a thread and one with 40, which is 504 of 512.
             assert kernel["registers"] == 168
         assert kernel["shared"] <= cuda_target.SHARED_BYTES, case
+        # Blocks of a cluster send their copies to each other.
+        assert kernel["to_several"] == (inputs is not None and rows > 128), case
         # Weights with a 16-bit x are read as they are stored: there is no copy of them, widened or transposed.
         if inputs is None:
             assert found["temp"] < K * N // (2 if weights == "int4_g128" else 1), (case, found)
