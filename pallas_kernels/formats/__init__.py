@@ -15,6 +15,7 @@ from jaxpar.pallas_kernels.formats.format import NAMES, Format, get
 
 if TYPE_CHECKING:
     from jaxpar.pallas_kernels.formats.quantised import (
+        QUANTISE,
         Quantised,
         dequantise,
         fake_quantise,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from jaxpar.pallas_kernels.formats.rotation import rotate, signs
 
 _WITH_JAX = {
+    "QUANTISE": "quantised",
     "Quantised": "quantised",
     "dequantise": "quantised",
     "fake_quantise": "quantised",
@@ -45,6 +47,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "NAMES",
+    "QUANTISE",
     "Format",
     "Quantised",
     "dequantise",

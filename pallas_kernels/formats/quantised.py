@@ -11,6 +11,8 @@ from flax import struct
 from jax.experimental.layout import Format as ArrayFormat
 from jax.experimental.layout import Layout
 
+from jaxpar.pallas_kernels.dispatch import Implementation, Op
+from jaxpar.pallas_kernels.formats import mosaic_gpu
 from jaxpar.pallas_kernels.formats.format import Format, get
 from jaxpar.pallas_kernels.formats.packing import pack, unpack
 from jaxpar.pallas_kernels.formats.scales import TINY
@@ -57,7 +59,16 @@ class Quantised:
         return 8 * self.nbytes / int(np.prod(self.shape))
 
 
-def quantise(x, fmt: str | Format, axis: int = -1, *, key=None, stacked: int = 0) -> Quantised:
+def quantise(
+    x,
+    fmt: str | Format,
+    axis: int = -1,
+    *,
+    key=None,
+    stacked: int = 0,
+    implementation: str | None = "xla",
+    interpret=False,
+) -> Quantised:
     """x in a number format, in float32 arithmetic; eager, compiled and sharded results are the same bits.
 
     Float32's subnormals count as zero. A block with NaN or infinity in it becomes NaN as a whole when this is traced, where
@@ -69,14 +80,20 @@ def quantise(x, fmt: str | Format, axis: int = -1, *, key=None, stacked: int = 0
       axis: the dimension that blocks and rows lie along: what a product sums over.
       key: for stochastic rounding; None rounds to the nearest, ties to even.
       stacked: leading dimensions that are not part of a tensor: scales "a tensor" are one for each index of them.
+      implementation: "xla"; "mosaic_gpu" (a kernel for Hopper GPUs: int8 with a scale a row, along the last dimension), which
+        has no derivative. None: the kernel where it has been seen to be faster; `explain(QUANTISE, ...)` tells.
+      interpret: run the named kernel in Pallas' interpreter.
 
     Raises:
-      ValueError: a dtype or dimension that cannot be quantised; NaN or infinity in an x that is not traced.
+      ValueError: a dtype or dimension that cannot be quantised; NaN or infinity in an x that is not traced; an unknown
+        implementation, or a named one that cannot do this.
     """
     fmt, x, axis = _checked(x, fmt, axis, stacked)
     if not isinstance(x, jax.core.Tracer):
         _finite(x)
-    return _quantise(x, key, fmt, axis, stacked)
+    how = dict(fmt=fmt, axis=axis, key=key, stacked=stacked)
+    choice = QUANTISE.choose(implementation, x, interpret=interpret, **how)
+    return choice.call(lambda one: partial(one.run, **how, **({"interpret": interpret} if one.kernel else {})), x)
 
 
 def dequantise(q: Quantised, dtype=jnp.float32) -> jax.Array:
@@ -160,6 +177,20 @@ def _quantise(x, key, fmt: Format, axis: int, stacked: int) -> Quantised:
     return Quantised(pack(codes, fmt.stored_bits, axis), scales, tensor, fmt, axis)
 
 
+def _rows(x, fmt: Format, axis: int, key, stacked: int, *, interpret=False) -> Quantised:
+    return Quantised(*mosaic_gpu.quantise_mosaic_gpu(x, interpret=interpret), None, fmt, axis)
+
+
+QUANTISE = Op(
+    "quantising",
+    (
+        Implementation("mosaic_gpu", _rows, mosaic_gpu.misfit, unwise=mosaic_gpu.unwise, platform="cuda", kernel=True),
+        Implementation("xla", lambda x, fmt, axis, key, stacked: _quantise(x, key, fmt, axis, stacked)),
+    ),
+)
+"""`explain(QUANTISE, x, fmt=..., axis=-1, key=None, stacked=0)` says what each implementation makes of it."""
+
+
 def _coded(x, key, fmt: Format, axis: int, stacked: int):
     """Codes of x's shape, and the scales with a block's own dimension gone."""
     x = x.astype(jnp.float32)
@@ -167,7 +198,10 @@ def _coded(x, key, fmt: Format, axis: int, stacked: int):
     blocks = _blocks(x, fmt, axis)
     # In `blocks` the values of one block lie along `axis`, and the blocks along the dimension before it.
     whole = tuple(range(stacked, blocks.ndim))
-    amax = jnp.max(jnp.abs(blocks), axis=whole if fmt.block == "tensor" else (axis,), keepdims=True)
+    # Of the bits, which order as the magnitudes do and NaN last: XLA's maximum of floats may lose a NaN on CPUs.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
+    largest = jnp.max(bits, axis=whole if fmt.block == "tensor" else (axis,), keepdims=True)
+    amax = jax.lax.bitcast_convert_type(largest, jnp.float32)
     scales, tensor = fmt.scale.encode(amax, fmt.element.largest, whole)
     noise = None if key is None else jax.random.bits(key, blocks.shape, jnp.uint32)
     codes = fmt.element.encode(fmt.scale.divide(blocks, scales, tensor), noise)

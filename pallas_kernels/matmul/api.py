@@ -52,11 +52,11 @@ MOSAIC_GPU_FEW_ROWS = Implementation(
     "mosaic_gpu_few_rows",
     mosaic_gpu.product_few_rows,
     mosaic_gpu.misfit_few_rows,
-    unwise=_unmeasured,
+    unwise=mosaic_gpu.unwise_few_rows,
     platform="cuda",
     kernel=True,
 )
-PRODUCT = Op("a quantised product", (MOSAIC_TPU, MOSAIC_GPU, MOSAIC_GPU_FEW_ROWS, SCALED_DOT, XLA))
+PRODUCT = Op("a quantised product", (MOSAIC_TPU, MOSAIC_GPU_FEW_ROWS, MOSAIC_GPU, SCALED_DOT, XLA))
 """One product of two operands, of which one or both are `Quantised`: `explain(PRODUCT, a, b, axes=(-1, -2), dtype=...)` says
 what each implementation makes of it."""
 IMPLEMENTATIONS = PRODUCT.names
@@ -111,8 +111,8 @@ def quant_matmul(
       implementation: "xla"; "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some);
         "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits); "mosaic_gpu" (kernels for Hopper GPUs: int8
         with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16); "mosaic_gpu_few_rows" (such weights with up
-        to 64 rows of x). None: "mosaic_gpu" where it has been seen to be faster than XLA, else "xla", as the others have not
-        been measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
+        to 64 rows of x). None: one of these two where it has been seen to be faster than XLA, else "xla", as the others have
+        not been measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
         raises. Of the backward ones "mosaic_gpu" does those of two 8-bit operands; all others are XLA's.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 
@@ -180,15 +180,16 @@ def _product(how, a, b, axes, dtype):
     return one.run(a, b, axes, dtype, **({"interpret": interpret} if one.kernel else {}))
 
 
-def _in(x, fmt: Format | None, axis: int):
-    return x if fmt is None else quantise(x, fmt, axis)
+def _in(how, x, fmt: Format | None, axis: int):
+    """Of a product by XLA all is XLA's."""
+    return x if fmt is None else quantise(x, fmt, axis, implementation=XLA.name if how[1] == XLA.name else None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(how, x_MxK, w_KxN):
     operands, implementation, interpret = how
-    x = _in(operands.rotated(x_MxK, -1), operands.inputs, -1)
-    w = w_KxN if isinstance(w_KxN, Quantised) else _in(operands.rotated(w_KxN, -2), operands.weights, -2)
+    x = _in(how, operands.rotated(x_MxK, -1), operands.inputs, -1)
+    w = w_KxN if isinstance(w_KxN, Quantised) else _in(how, operands.rotated(w_KxN, -2), operands.weights, -2)
     axes, dtype = (-1, -2), x_MxK.dtype
     choice = PRODUCT.choose(
         implementation, x, w, interpret=implementation is not None and interpret, axes=axes, dtype=dtype
@@ -207,10 +208,10 @@ def _multiply_backward(how, kept, dy_MxN):
     fmt, dtype, fixed = operands.gradients, x_MxK.dtype, isinstance(w_KxN, Quantised)
     # Its scales lie along K, which is not summed over here.
     w = dequantise(w_KxN, dtype) if fixed else w_KxN
-    dx = _product(how, _in(dy_MxN, fmt, -1), _in(w, fmt, -1), (-1, -1), dtype)
+    dx = _product(how, _in(how, dy_MxN, fmt, -1), _in(how, w, fmt, -1), (-1, -1), dtype)
     if fixed:
         return operands.rotated(dx, -1, inverse=True), None
-    return dx, _product(how, _in(x_MxK, fmt, -2), _in(dy_MxN, fmt, -2), (-2, -2), dtype)
+    return dx, _product(how, _in(how, x_MxK, fmt, -2), _in(how, dy_MxN, fmt, -2), (-2, -2), dtype)
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

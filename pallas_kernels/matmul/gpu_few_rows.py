@@ -5,8 +5,9 @@ registers, so that codes are widened from shared memory into registers and multi
 columns of its second one, which x's rows are. The scales of a step's group are behind its sum.
 
 A block has `COLUMNS` columns of w and some warpgroups, each on its own: it copies the codes, scales and x of its steps along K
-ahead, and sums its steps. Blocks of a cluster share columns and divide K. In the end each block gets some rows of all the
-sums, adds them up and writes them: there is one kernel, whose result depends on no order.
+ahead, and sums its steps. The two blocks of a cluster share columns and divide K. In the end each block gets some rows of all
+the sums, adds them up and writes them. Where few columns would leave processors idle, K is cut into parts besides, whose sums
+XLA adds up. Neither depends on an order.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ STEP = 2 * HALF
 """Of K."""
 MOST = 64
 """Rows of x."""
-CLUSTER = 8
-"""Blocks that a cluster may have on any Hopper GPU."""
+CLUSTER = 2
+"""Blocks of a cluster. Larger ones leave processors idle that do not come in as many: 32 clusters of four took two turns on an
+H200's 132."""
+CUTS = 8
+"""Of K between blocks, at most."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class FewRowsTiles:
     Attributes:
       warpgroups: of a block.
       stages: steps along K that each warpgroup is ahead.
-      blocks: K is cut, into up to `CLUSTER` parts, where no more blocks than this come of it.
+      blocks: K is cut, at most `CUTS` times, where no more blocks than this come of it.
     """
 
     warpgroups: int = 4
@@ -56,6 +60,7 @@ class Settings:
       there: rows of x; `rows`: up to a multiple of 8.
       warpgroups: of a block.
       splits: blocks of a cluster.
+      parts: of K, whose sums are added up behind the kernel.
       stages: steps that a warpgroup may be ahead.
       steps: along all of K.
       group: values along K that share a scale of w.
@@ -67,6 +72,7 @@ class Settings:
     there: int
     warpgroups: int
     splits: int
+    parts: int
     stages: int
     steps: int
     group: int
@@ -115,13 +121,14 @@ def few_rows(settings: Settings, names, *refs) -> None:
     warpgroup = lax.axis_index("warpgroup")
     split = 0 if interpret or s.splits == 1 else lax.axis_index("split")
     # Steps are dealt out one by one.
-    worker = split * s.warpgroups + warpgroup
-    count = lax.div(s.steps - worker + s.workers - 1, s.workers)
+    worker, here_of_k = split * s.warpgroups + warpgroup, lax.axis_index("part")
+    start, everyone = here_of_k * s.workers + worker, s.workers * s.parts
+    count = lax.div(s.steps - start + everyone - 1, everyone)
 
     def fetch(n, slot):
         @pl.when(n < count)
         def _():
-            k = worker + n * s.workers
+            k = start + n * everyone
             rows, ready = pl.ds(k * s.codes, s.codes), x.ready.at[warpgroup * s.stages + slot]
             plgpu.copy_gmem_to_smem(x.codes.at[rows, here], x.codes_tile.at[warpgroup, slot], ready)
             scales = x.scales.at[lax.div(k * STEP, s.group), here]
@@ -145,7 +152,7 @@ def few_rows(settings: Settings, names, *refs) -> None:
         sums = gpu.from_nothing(lambda *two: products(slot, *two), [(64, s.rows)] * 2, interpret=interpret)
         scales = registers.scales(bits, x.w_scales.at[warpgroup, slot], interpret=interpret)
         totals = [
-            total + part * lax.broadcast_in_dim(scale, part.shape, [0])
+            total + part * lax.broadcast_in_dim(scale / registers.UNIT, part.shape, [0])
             for total, part, scale in zip(totals, sums, scales, strict=True)
         ]
         # All threads have read what the next copy overwrites.
@@ -180,15 +187,15 @@ def few_rows(settings: Settings, names, *refs) -> None:
 
             @pl.when(row < s.there)
             def _(start=start, row=row):
-                plgpu.copy_smem_to_gmem(x.out_tile.at[pl.ds(start, some)], x.out.at[pl.ds(row, some), here])
+                plgpu.copy_smem_to_gmem(x.out_tile.at[pl.ds(start, some)], x.out.at[here_of_k, pl.ds(row, some), here])
 
         plgpu.wait_smem_to_gmem(0)
 
 
-def splits(tiles: FewRowsTiles, steps: int, columns: int) -> int:
+def cuts(tiles: FewRowsTiles, steps: int, columns: int) -> int:
     """In how many parts K is cut: a power of two, that each warpgroup has a step and there are `tiles.blocks` blocks at most."""
     count = 1
-    while 2 * count <= min(CLUSTER, tiles.blocks // columns, steps // tiles.warpgroups):
+    while 2 * count <= min(CUTS, tiles.blocks // columns, steps // tiles.warpgroups):
         count *= 2
     return count
 
@@ -202,24 +209,36 @@ def product(x, codes, scales, *, bits: int, dtype, tiles: FewRowsTiles, interpre
       scales: float32 [groups, N].
     """
     (M, K), N = x.shape, codes.shape[1]
-    parts = splits(tiles, K // STEP, N // COLUMNS)
-    warpgroups = tiles.warpgroups
+    count = cuts(tiles, K // STEP, N // COLUMNS)
+    splits, warpgroups = min(count, CLUSTER), tiles.warpgroups
+    parts = count // splits
     if interpret:
         # What a cluster's blocks are on the chip is one block.
-        warpgroups, parts = warpgroups * parts, 1
+        warpgroups, splits = warpgroups * splits, 1
+    dtype = jnp.dtype(dtype)
     settings = Settings(
-        M, warpgroups, parts, tiles.stages, K // STEP, K // scales.shape[0], bits, jnp.dtype(dtype), bool(interpret)
+        M,
+        warpgroups,
+        splits,
+        parts,
+        tiles.stages,
+        K // STEP,
+        K // scales.shape[0],
+        bits,
+        dtype if parts == 1 else jnp.dtype(jnp.float32),
+        bool(interpret),
     )
     arrays = {"codes": codes, "scales": scales, "x": x}
     scratch = settings.scratch()
     call = gpu.kernel(
         lambda *refs: few_rows(settings, (*arrays, "out", *scratch), *refs),
-        [versions.out_shape((M, N), dtype, *arrays.values())],
-        grid={"column": N // COLUMNS},
-        cluster={"split": parts} if parts > 1 else {},
+        [versions.out_shape((parts, M, N), settings.dtype, *arrays.values())],
+        grid={"part": parts, "column": N // COLUMNS},
+        cluster={"split": splits} if splits > 1 else {},
         warpgroups=warpgroups,
         scratch=scratch.values(),
         interpret=interpret,
         name="quant_matmul_few_rows",
     )
-    return call(*arrays.values())[0]
+    sums = call(*arrays.values())[0]
+    return sums[0] if parts == 1 else jnp.sum(sums, axis=0).astype(dtype)

@@ -29,6 +29,8 @@ COLUMNS = 128
 """Of a warpgroup: two products."""
 HALF = 64
 """Of K, of one product's operand in registers."""
+UNIT = 2.0**-6
+"""What a code of 1 is there."""
 CODES = plgpu.RefType((plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128)))
 ROWS = plgpu.RefType((plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(128)))
 """How codes, and x, lie in shared memory: rows of 128 bytes, 16 bytes of which go to place (chunk xor row % 8)."""
@@ -60,27 +62,41 @@ def _at(pointer, offset, kind):
     return llvm.load(kind, utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8)))
 
 
-def _bytes(a, b, i: int):
-    """Byte i of a in the lower half of a word, and of b in the upper."""
-    return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", a, b, _c((4 + i) * 0x1100 + i * 0x11))
+def _bytes(a, b, selector: int):
+    """Four bytes of two words, by a digit each, the lowest first: 0 to 3 of a, 4 to 7 of b; plus 8, its highest bit everywhere."""
+    return _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", a, b, _c(selector))
 
 
-def _less(a, b):
-    two = ir.VectorType.get((2,), ir.BF16Type.get())
-    return utils.bitcast(_asm("sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b), two)
+def _masked(word, those: int, but: int):
+    return arith.xori(arith.andi(word, _c(those)), _c(but))
 
 
-def _pair(bits: int, word):
-    """Two bfloat16 from codes in the lower bytes of a word's halves: 128 + n is 0x4300 + n for n < 128, and exact."""
+def _pairs(bits: int, words) -> list:
+    """Pairs of bfloat16 along K, `UNIT` times codes, of each of four columns.
+
+    A byte n in the lower half of a bfloat16 is n · 2⁻¹³³, from its subnormal numbers on to its first normal ones, which is
+    made a number by one multiplication and addition. The codes are so many more than their lowest. What is scarce is the unit
+    for bits: it has one instruction for a pair and half of one for a mask.
+
+    Args:
+      words: of 4-bit codes one, neighbours along K in a byte; of 8-bit ones two, neighbours along K.
+    """
     if bits == 4:
-        return _less(arith.xori(arith.andi(word, _c(0x000F000F)), _c(0x43084308)), _c(0x43084308))
-    # Without its sign, less 128 or 256 - 128.
-    size = arith.ori(arith.andi(word, _c(0x007F007F)), _c(0x43004300))
-    return _less(size, arith.ori(arith.andi(word, _c(0x00800080)), _c(0x43004300)))
+        low = _masked(words[0], 0x0F0F0F0F, 0x08080808)
+        # Sixteen times as much.
+        high = _masked(words[0], 0xF0F0F0F0 - 2**32, 0x80808080 - 2**32)
+        found = [_bytes(low, high, 0x8480 + i * 0x1111) for i in range(4)]
+        times, plus = 0x7D007F00, 0xBE00BE00 - 2**32  # 2¹²³ and 2¹²⁷, -8 · UNIT
+    else:
+        found = [_masked(_bytes(*words, 0x4400 + i * 0x1111), 0x00FF00FF, 0x00800080) for i in range(4)]
+        times, plus = 0x7F007F00, 0xC000C000 - 2**32  # -128 · UNIT
+    two = ir.VectorType.get((2,), ir.BF16Type.get())
+    fused = lambda word: _asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", word, _c(times), _c(plus))
+    return [utils.bitcast(fused(word), two) for word in found]
 
 
 def operand(bits: int, half: int, codes, *, interpret=False):
-    """wᵀ of two products, bfloat16 [64, HALF] each.
+    """`UNIT` · wᵀ of two products, bfloat16 [64, HALF] each.
 
     Args:
       half: of the step: 0 or 1.
@@ -108,11 +124,10 @@ def operand(bits: int, half: int, codes, *, interpret=False):
             eights = half * HALF // 8 + piece
             if bits == 4:
                 # Eight bytes along K are sixteen values.
-                low = word(starts[piece % 2], eights // 2)
-                words = low, arith.shrui(low, _c(4))
+                words = [word(starts[piece % 2], eights // 2)]
             else:
                 words = [word(start, eights) for start in starts]
-            found.append([_pair(bits, _bytes(*words, i)) for i in range(4)])
+            found.append(_pairs(bits, words))
         layout = plgpu.Layout.WGMMA.to_mgpu()
         shape = layout.registers_shape((64, HALF))
         return tuple(
@@ -277,4 +292,4 @@ def _interpreted(bits: int, half: int, codes):
     codes = codes[half * rows : (half + 1) * rows].astype(jnp.int32)
     if bits == 4:
         codes = jnp.stack([((codes & 15) ^ 8) - 8, codes >> 4], 1).reshape(HALF, COLUMNS)
-    return _products(bits, codes.astype(jnp.bfloat16).T)
+    return _products(bits, UNIT * codes.astype(jnp.bfloat16).T)

@@ -5,9 +5,9 @@ what they do).
                   The matrix unit wants both operands along K in memory: an operand that lies otherwise, as weights [K, N]
                   do in the forward product, is transposed before the kernel, a copy of a byte a value, but where
                   `formats.laid_along` has put it so once
-    W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened in shared memory: a quarter or a half of
-                  bfloat16's bytes are read, and as many operations done (Hopper multiplies no 4-bit operands); for up to 64
-                  rows of x also in registers (`gpu_few_rows`), by the name of "mosaic_gpu_few_rows"
+    W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened: a quarter or a half of bfloat16's bytes are
+                  read, and as many operations done (Hopper multiplies no 4-bit operands); for up to 64 rows of x in registers
+                  (`gpu_few_rows`, by the name of "mosaic_gpu_few_rows"), else in shared memory
 
 A byte holds the 4-bit weights of two neighbours along K; the even and the odd channels of x are multiplied with the low and
 the high halves.
@@ -119,12 +119,11 @@ Hopper GPUs and fit their registers is tested. Clusters have not run on a chip. 
 `jaxpar tune` does that."""
 FEW_ROWS = (
     Row(FewRowsTiles(4, stages=4), most=(("rows", 8), ("bits", 4))),
-    Row(FewRowsTiles(4, stages=3), most=(("rows", 16), ("bits", 4))),
-    Row(FewRowsTiles(2, stages=3), most=(("bits", 4),)),
     Row(FewRowsTiles(4, stages=2), most=(("rows", 16),)),
     Row(FewRowsTiles(2, stages=2)),
 )
-"""Tiles of `gpu_few_rows`. That they compile for Hopper GPUs and fit their registers is tested; it has not run on a chip."""
+"""Tiles of `gpu_few_rows`, the fastest of those that were tried on an H200. That they compile for Hopper GPUs and fit their
+registers is tested."""
 
 
 def misfit(a, b, axes, dtype) -> str | None:
@@ -158,19 +157,23 @@ def misfit_few_rows(a, b, axes, dtype) -> str | None:
 
 
 def unwise(a, b, axes, dtype) -> str | None:
-    """Why None leaves a product to XLA. On an H200 (`experiments/bench/kernels.py`) int8 with int8 was 1.2 to 1.5 times as fast as
-    XLA with 4096 rows and slower with 16, and weights in 4 bits five times as fast with 1 and 16 rows, but slower with 4096
-    rows or few weights."""
-    rows, weights = a.shape[-3 - axes[0]], b.shape[-1] * b.shape[-2]
-    if isinstance(a, Quantised):
-        forward = tuple(axes) == (-1, -2) and _operand(a) == jnp.int8
-        seen = "int8 with int8 forwards from 1024 rows on"
-        faster = forward and rows >= 1024
-    else:
-        seen = "weights of 2^24 values or more with up to 16 rows"
-        faster = rows <= 16 and weights >= 2**24
-    if faster:
+    """Why None leaves a product to others. On an H200 (`experiments/bench/kernels.py`) int8 with int8 was faster than XLA with
+    4096 rows and slower with 16, and weights in 4 bits slower than XLA with 4096 rows and than `gpu_few_rows` with few."""
+    if not isinstance(a, Quantised):
+        return (
+            'has been slower than "mosaic_gpu_few_rows" with few rows and than XLA with many: only its name chooses it'
+        )
+    if tuple(axes) == (-1, -2) and _operand(a) == jnp.int8 and a.shape[-3 - axes[0]] >= 1024:
         return None
+    return _only("int8 with int8 forwards from 1024 rows on")
+
+
+def unwise_few_rows(a, b, axes, dtype) -> str | None:
+    """As `unwise`, of `product_few_rows`."""
+    return None if b.shape[-1] * b.shape[-2] >= 2**20 else _only("weights of 2^20 values or more")
+
+
+def _only(seen: str) -> str:
     return f"has been seen to be faster than XLA for {seen}, so that only its name chooses it elsewhere"
 
 

@@ -248,6 +248,21 @@ def test_products_against_float64(name, rows):
     no_worse(mine, xlas, 2.0**-9 if dtype == BF16 else 2.0**-12 if name == "fp8" else 1e-6, name)
 
 
+@pytest.mark.parametrize("size", [640, 4096, 14336])
+@pytest.mark.parametrize("dtype", [BF16, FP16, jnp.float32])
+def test_rows_in_int8_are_the_bits_of_xla(size, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((301, size)) * np.exp(rng.standard_normal((301, 1)))
+    x[1], x[2, size // 2], x[3, 1] = 0, np.nan, np.inf
+    x[4] = np.clip((np.arange(size) - size // 2) / 2, -127, 127)
+    ours, xla = (
+        jax.jit(lambda x, name=name: quantise(x, "int8_row", implementation=name))(jnp.asarray(x, dtype))
+        for name in ("mosaic_gpu", "xla")
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xla), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_one_kernel_backwards_is_what_this_jax_gets():
     """Not two, of which the results are the same bits on every run."""
     case = ATTENTION["causal, 64"]

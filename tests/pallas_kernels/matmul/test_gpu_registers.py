@@ -80,10 +80,13 @@ class Machine:
         if text.startswith("prmt"):
             a, b, selector = args
             both = np.stack([np.asarray(x) >> 8 * n & 255 for x in (a, b) for n in range(4)])
-            return sum(both[selector >> 4 * n & 7] << 8 * n for n in range(4))
-        if text.startswith("sub.rn.bf16x2"):
+            digits = [selector >> 4 * n & 15 for n in range(4)]
+            byte = lambda digit: (both[digit & 7] >> 7) * 255 if digit & 8 else both[digit]
+            return sum(byte(digit) << 8 * n for n, digit in enumerate(digits))
+        if text.startswith("fma.rn.bf16x2"):
             part = lambda x, n: ((np.asarray(x) >> 16 * n & 0xFFFF) << 16).astype(np.uint32).view(np.float32)
-            return np.stack(np.broadcast_arrays(*(part(args[0], n) - part(args[1], n) for n in (0, 1))), -1)
+            exact = lambda a, b, c: a.astype(np.float64) * b + c
+            return np.stack(np.broadcast_arrays(*(exact(*(part(x, n) for x in args)) for n in (0, 1))), -1)
         if text.startswith("mapa"):
             return args[1] * 2**20 + args[0]
         if text.startswith("st.shared::cluster"):

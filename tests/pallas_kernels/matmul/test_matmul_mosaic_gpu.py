@@ -49,11 +49,11 @@ TILES = {
     "w4a16": mosaic_gpu.HopperTiles(64, 64, stages=2, blocks=4),
     "w8a16": mosaic_gpu.HopperTiles(128, 64, stages=2),
     # Two warpgroups in each of two blocks of a cluster; two warpgroups, with steps that they do not divide.
-    "few rows, w4a16": mosaic_gpu.FewRowsTiles(2, stages=2, blocks=4),
+    "few rows, w4a16": mosaic_gpu.FewRowsTiles(2, stages=2, blocks=8),
     "few rows, w8a16": mosaic_gpu.FewRowsTiles(2, stages=2, blocks=1),
 }
 COLUMNS = {"w8a8": 512, "fp8": 512, "few rows, w4a16": 256}
-SUMS = {"w4a16": 1024, "few rows, w4a16": 1536, "few rows, w8a16": 896}
+SUMS = {"w4a16": 1024, "few rows, w4a16": 3072, "few rows, w8a16": 896}
 """Steps along K are at least 3, more than there are places, but of "fp8"."""
 
 
@@ -151,18 +151,19 @@ BROKEN = [
     ("w8a16", "pl.ds(x.row * rows, settings.there)", "pl.ds(0, settings.there)"),
     ("few rows, w4a16", "x.scales.at[lax.div(k * STEP, s.group), here]", "x.scales.at[0, here]"),
     ("few rows, w4a16", 'lax.axis_index("column") * COLUMNS', "0"),
-    ("few rows, w4a16", "worker + n * s.workers", "n * s.workers"),
-    ("few rows, w4a16", "s.steps - worker + s.workers - 1", "s.steps - worker"),
+    ("few rows, w4a16", "start + n * everyone", "n * everyone"),
+    ("few rows, w4a16", "s.steps - start + everyone - 1", "s.steps - start"),
     ("few rows, w4a16", "x.x.at[:, pl.ds(k * STEP, STEP)]", "x.x.at[:, pl.ds(0, STEP)]"),
     ("few rows, w4a16", "x.sums.at[n]", "x.sums.at[0]"),
-    ("few rows, w4a16", "part * lax.broadcast_in_dim(scale, part.shape, [0])", "part"),
+    ("few rows, w4a16", "part * lax.broadcast_in_dim(scale / registers.UNIT, part.shape, [0])", "part"),
     (
         "few rows, w4a16",
         "copy_smem_to_gmem(x.out_tile.at[pl.ds(start, some)]",
         "copy_smem_to_gmem(x.out_tile.at[pl.ds(0, some)]",
     ),
-    ("few rows, w4a16", "x.out.at[pl.ds(row, some), here]", "x.out.at[pl.ds(0, some), here]"),
-    ("few rows, w8a16", "total + part * lax.broadcast_in_dim(scale,", "part * lax.broadcast_in_dim(scale,"),
+    ("few rows, w4a16", "x.out.at[here_of_k, pl.ds(row, some), here]", "x.out.at[here_of_k, pl.ds(0, some), here]"),
+    ("few rows, w4a16", "here_of_k * s.workers + worker", "worker"),
+    ("few rows, w8a16", "total + part * lax.broadcast_in_dim(scale /", "part * lax.broadcast_in_dim(scale /"),
 ]
 RACES = [
     ("fp8", "        plgpu.barrier_wait(x.scales_used)\n\n            for", "        pass\n\n            for"),
@@ -236,12 +237,27 @@ def test_the_public_function_runs_them_forwards_and_backwards():
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(theirs, np.float32))
 
 
-def test_tiles_that_no_kernel_has_are_told():
-    with pytest.raises(ValueError, match="of 64 rows and 256 columns, got 128 and 256"):
-        mosaic_gpu.HopperTiles(128, 256)
-    a, b, _ = operands("w8a8")
-    with pytest.raises(ValueError, match="stages must be at least 2 for two operands in 8 bits, got 1"):
-        mosaic_gpu.product_mosaic_gpu(a, b, AXES, jnp.float32, tiles=mosaic_gpu.HopperTiles(64, 128, stages=1))
+@pytest.mark.parametrize(
+    ("kind", "sizes", "words"),
+    [
+        (
+            "HopperTiles",
+            dict(rows=64, columns=256),
+            "HopperTiles must have 64 or 128 rows and 64 or 128 columns, got 64 and 256",
+        ),
+        ("EightTiles", dict(rows=96, columns=128), "64 or 128 rows and 64, 128 or 256 columns, got 96 and 128"),
+        ("EightTiles", dict(rows=128, columns=256), "EightTiles of 256 columns have 64 rows, got 128"),
+        ("EightTiles", dict(rows=64, columns=128, stages=1), "stages must be at least 2, got 1"),
+        (
+            "EightTiles",
+            dict(rows=64, columns=128, cluster_rows=4, cluster_columns=4),
+            "clusters of 1 to 8 .* got 4 x 4",
+        ),
+    ],
+)
+def test_tiles_that_no_kernel_has_are_told(kind, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        getattr(mosaic_gpu, kind)(**sizes)
 
 
 def test_what_has_been_seen_to_be_faster_is_chosen():
@@ -254,22 +270,36 @@ def test_what_has_been_seen_to_be_faster_is_chosen():
     eight = coded((4096, 256), "int8_row", 1), coded((256, 128), "int8_row", 0)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         asked = lambda a, b: {one.name: one for one in explain(PRODUCT, a, b, axes=AXES, dtype=jnp.bfloat16)}
-        for a, b in ((shape(16, 4096), weights), eight):
-            assert asked(a, b)["mosaic_gpu"].chosen == ("cuda",)
-        for a, b, seen in (
-            (shape(17, 4096), weights, "weights of 2^24 values or more with up to 16 rows"),
-            (shape(1, 256), coded((256, 128), "int4_g128", 0), "weights of 2^24 values or more with up to 16 rows"),
-            (coded((1000, 256), "int8_row", 1), eight[1], "int8 with int8 forwards from 1024 rows on"),
+        assert asked(*eight)["mosaic_gpu"].chosen == ("cuda",)
+        for rows in (1, 64):
+            assert asked(shape(rows, 4096), weights)["mosaic_gpu_few_rows"].chosen == ("cuda",)
+        only = lambda seen: (
+            f"has been seen to be faster than XLA for {seen}, so that only its name chooses it elsewhere"
+        )
+        slower = (
+            'has been slower than "mosaic_gpu_few_rows" with few rows and than XLA with many: only its name chooses it'
+        )
+        for a, b, name, reason in (
+            (shape(65, 4096), weights, "mosaic_gpu", slower),
+            (
+                shape(1, 256),
+                coded((256, 128), "int4_g128", 0),
+                "mosaic_gpu_few_rows",
+                only("weights of 2^20 values or more"),
+            ),
+            (
+                coded((1000, 256), "int8_row", 1),
+                eight[1],
+                "mosaic_gpu",
+                only("int8 with int8 forwards from 1024 rows on"),
+            ),
         ):
             verdicts = asked(a, b)
             assert verdicts["xla"].chosen == ("cuda",)
-            assert verdicts["mosaic_gpu"].reason == (
-                f"has been seen to be faster than XLA for {seen}, so that only its name chooses it elsewhere"
-            )
-            assert PRODUCT.choose("mosaic_gpu", a, b, axes=AXES, dtype=jnp.bfloat16).default.name == "mosaic_gpu"
+            assert verdicts[name].reason == reason
+            assert PRODUCT.choose(name, a, b, axes=AXES, dtype=jnp.bfloat16).default.name == name
         assert verdicts["mosaic_tpu"].reason == "runs on TPUs, and here are NVIDIA GPUs only"
         few = lambda a, b: asked(a, b)["mosaic_gpu_few_rows"].reason
-        assert few(shape(16, 4096), weights) == "has not been measured on a chip, so that only its name chooses it"
         assert few(shape(65, 4096), weights) == "takes up to 64 rows of x, got 65"
         assert few(*eight) == "takes w in int4 or int8 with x in bfloat16, got x in int8_row"
 
