@@ -51,6 +51,13 @@ class FewRowsTiles:
     stages: int = 4
     blocks: int = 132
 
+    def __post_init__(self):
+        if self.warpgroups not in (1, 2, 4, 8) or min(self.stages, self.blocks) < 1:
+            raise ValueError(
+                "FewRowsTiles must have 1, 2, 4 or 8 warpgroups, and a stage and a block at least, got "
+                f"{self.warpgroups}, {self.stages} and {self.blocks}"
+            )
+
 
 @dataclass(frozen=True)
 class Settings:

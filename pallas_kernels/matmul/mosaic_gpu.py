@@ -242,7 +242,8 @@ def product_mosaic_gpu(
 def product_few_rows(x, w: Quantised, axes, dtype, *, interpret=False, tiles: FewRowsTiles | None = None) -> jax.Array:
     """As `product_mosaic_gpu`, for operands without a `misfit_few_rows`."""
     if tiles is None:
-        tiles = look_up(FEW_ROWS, versions.device_kind("cuda"), **sizes_of(x, w, axes))
+        op, name = ("quant_matmul", "mosaic_gpu_few_rows"), operands_name(x, w, dtype)
+        tiles = look_up(FEW_ROWS, versions.device_kind("cuda"), op=op, dtype=name, **sizes_of(x, w, axes))
     more = dict(bits=w.format.element.bits, dtype=dtype, tiles=tiles, interpret=gpu.interpreter(interpret))
     return gpu_few_rows.product(x, **_stored(w), **more)
 

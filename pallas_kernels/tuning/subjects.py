@@ -30,6 +30,8 @@ GPU_STEPS, GPU_STAGES = (64, 128), (1, 2, 3, 4)
 """Tokens, rows or columns in a tile, and steps that shared memory holds."""
 GPU_TILES, GPU_BANDS = ((64, 128), (128, 128), (64, 256)), (4, 8, 16)
 """Of two operands in 8 bits: rows and columns of a warpgroup's tile, and tiles of clusters in a band."""
+GPU_WARPGROUPS = (1, 2, 4)
+"""Of a block, each with steps of its own, of few rows."""
 TPU_ROWS, TPU_COLUMNS, TPU_SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024), (256, 512, 1024, 2048)
 """Rows of x, columns of w and what is summed, in a block."""
 GPU_BLOCKS = (1, 132, 264)
@@ -136,7 +138,8 @@ def quant_matmul(
 
     Args:
       kind: of the device, as JAX names it.
-      implementation: "mosaic_tpu" or "mosaic_gpu".
+      implementation: "mosaic_tpu" or "mosaic_gpu"; of few rows with weights in 4 or 8 bits the latter is "mosaic_gpu_few_rows",
+        which does those.
       weights, activations: formats; activations None: in `dtype`.
 
     Raises:
@@ -173,8 +176,12 @@ def quant_matmul(
             candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, stages=GPU_STAGES[1:], blocks=GPU_BLOCKS)
         sizes = product_gpu.sizes_of(a, b, (-1, -2))
         table = look_up(product_gpu.table_of(a), kind, **sizes)
-        call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)
-        run = lambda tiles: lambda a, b: product_gpu.product_mosaic_gpu(a, b, tiles=tiles, **call)
+        call, product = dict(axes=(-1, -2), dtype=dtype, interpret=interpret), product_gpu.product_mosaic_gpu
+        if product_gpu.misfit_few_rows(a, b, (-1, -2), dtype) is None:
+            implementation, product = "mosaic_gpu_few_rows", product_gpu.product_few_rows
+            table = look_up(product_gpu.FEW_ROWS, kind, **sizes)
+            candidates = _product(warpgroups=GPU_WARPGROUPS, stages=GPU_STAGES[1:], blocks=GPU_BLOCKS[1:])
+        run = lambda tiles: lambda a, b: product(a, b, tiles=tiles, **call)
     name = operands_name(a, b, dtype)
     return Subject("quant_matmul", implementation, name, sizes, table, (Part("forward", candidates, run, make),))
 

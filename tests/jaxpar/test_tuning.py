@@ -134,7 +134,9 @@ def tuned(tmp_path, monkeypatch):
 @pytest.mark.quick
 def test_kernels_for_gpus_are_tuned_by_their_own_fields():
     """Every candidate names fields of the tiles, and each field is some part's."""
-    products = QuantMatmul(), QuantMatmul(weights="int8_row", activations="int8_row")
+    products = QuantMatmul(rows=64), QuantMatmul(rows=65), QuantMatmul(weights="int8_row", activations="int8_row")
+    few = [one.subject("NVIDIA H200", "mosaic_gpu").implementation == "mosaic_gpu_few_rows" for one in products]
+    assert few == [True, False, False]
     for op in (Attention(), *products, DecodeAttention()):
         for implementation, kind in (("mosaic_gpu", "NVIDIA H200"), ("mosaic_tpu", V5E)):
             subject = op.subject(kind, implementation)

@@ -229,6 +229,18 @@ def test_nan_and_infinity(name):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("size", [64, 384, 4096])
+def test_nan_is_not_lost_anywhere_in_a_long_row(size):
+    """XLA's own maximum of floats loses it on CPUs, in rows that it makes vectors of."""
+    x = np.ones((8, size), np.float32)
+    at = np.linspace(0, size - 1, 8).astype(int)
+    x[np.arange(8), at] = np.nan
+    q = jax.jit(lambda x: formats.quantise(x, "int8_row"))(x)
+    assert np.isnan(q.scales).all()
+    assert not np.any(q.codes)
+
+
+@pytest.mark.quick
 def test_minus_128_needs_both_a_rounded_scale_and_unsymmetric_clipping():
     """INT v.s. FP's defect: it is in the codes with the MX specification's scale, or with a scale of bfloat16's precision."""
     x = np.random.default_rng(1).standard_normal((512, 32)).astype(ml_dtypes.bfloat16)

@@ -245,6 +245,7 @@ def test_the_public_function_runs_them_forwards_and_backwards():
             dict(rows=64, columns=256),
             "HopperTiles must have 64 or 128 rows and 64 or 128 columns, got 64 and 256",
         ),
+        ("FewRowsTiles", dict(warpgroups=3), "1, 2, 4 or 8 warpgroups, .* got 3, 4 and 132"),
         ("EightTiles", dict(rows=96, columns=128), "64 or 128 rows and 64, 128 or 256 columns, got 96 and 128"),
         ("EightTiles", dict(rows=128, columns=256), "EightTiles of 256 columns have 64 rows, got 128"),
         ("EightTiles", dict(rows=64, columns=128, stages=1), "stages must be at least 2, got 1"),
