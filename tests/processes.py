@@ -73,10 +73,10 @@ class Process:
 def start(arguments: Sequence[str | Path], *, devices: int = 1, cwd: Path = ROOT, **environment: str) -> Process:
     """Start `python *arguments` with `devices` fake CPU devices, and further environment variables.
 
-    What this process has set for its own JAX is not inherited, except the compile cache.
+    What this process has set for its own JAX is not inherited, except the compile cache and that LLVM takes no pains.
     """
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "SLURM_", "OMPI_", "TPU_"))}
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = {**keep, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", **environment}
     # Removed when the Process is forgotten.
     file = tempfile.NamedTemporaryFile(prefix="process-", suffix=".log")
