@@ -4,6 +4,8 @@ fmt = formats.get("mxfp8_e4m3")             a frozen dataclass; no JAX is import
 q = formats.quantise(w, fmt, axis=0)        a pytree: packed codes, scales
 formats.dequantise(q, jnp.bfloat16)
 formats.fake_quantise(x, "nvint4", -1)      rounded forwards, the identity backwards
+
+On Hopper GPUs products quantise rows to int8 by a kernel (`mosaic_gpu`); all else here is XLA's.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ mosaic_tpu.py   kernels for TPUs: int8 with int8, and weights in 4 bits
 mosaic_gpu.py   kernels for Hopper GPUs: 8 bits with the same 8 bits, and weights in 4 or 8 bits
 gpu_eight.py    what those of 8 bits with 8 bits do
 gpu_kernels.py  what those of weights in 4 or 8 bits do
+gpu_few_rows.py  what those of weights in 4 or 8 bits with few rows of x do, and
+gpu_registers.py  how codes become operands in registers there
 reference.py    the same in NumPy: float64, and int64 where both are integers
 """
 
