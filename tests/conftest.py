@@ -3,17 +3,16 @@
 import os
 from pathlib import Path
 
+from tests.flags import QUICK
+
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax-tests"
 
 # Before JAX starts: it reads these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# LLVM's effort at CPU code is most of the suite's time and nothing that it is about: XLA's own passes stay as they are. One
-# module of code a program, for there are as many test processes as cores, and splitting a module costs some of the time.
-QUICK = ("xla_backend_optimization_level=0", "xla_cpu_parallel_codegen_split_count=1")
 if os.environ["JAX_PLATFORMS"] == "cpu" and "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += "".join(f" --{flag}" for flag in QUICK)
+    os.environ["XLA_FLAGS"] += f" {QUICK}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.flags import QUICK
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -76,7 +78,7 @@ def start(arguments: Sequence[str | Path], *, devices: int = 1, cwd: Path = ROOT
     What this process has set for its own JAX is not inherited, except the compile cache and that LLVM takes no pains.
     """
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "SLURM_", "OMPI_", "TPU_"))}
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     env = {**keep, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", **environment}
     # Removed when the Process is forgotten.
     file = tempfile.NamedTemporaryFile(prefix="process-", suffix=".log")

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests.flags import QUICK
 from tests.processes import ROOT
 
 NOTEBOOK = ROOT / "experiments" / "notebooks" / "first_steps.ipynb"
@@ -17,7 +18,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
 
     # The kernel starts JAX itself: what this process set for its own must not decide there. LLVM's effort is no part of it.
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
         notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}}, kernel_name="python3"
