@@ -58,6 +58,8 @@ def cases(scale: str) -> Iterator[Case]:
     for model, rows, inputs, outputs in product_shapes(scale):
         for weights, activations in (("int8_row", "int8_row"), ("int4_g128", None), ("mxfp8", "mxfp8")):
             yield product(model, rows, inputs, outputs, weights, activations, dtype)
+    for model, rows, inputs in dict.fromkeys(shape[:3] for shape in product_shapes(scale)):
+        yield quantising(model, rows, inputs, dtype)
     for model, shape in decode_shapes(scale):
         for held in (None, "int8_row", "int4_row"):
             yield decode(model, held, dtype, **shape)
@@ -230,6 +232,26 @@ def product(model, rows, inputs, outputs, weights, activations, dtype) -> Case:
         (lambda arrays: (arrays[0], laid_along(arrays[1]), arrays[2]))
         if activations == "int8_row"
         else lambda arrays: arrays,
+    )
+
+
+def quantising(model, rows, inputs, dtype) -> Case:
+    """x to int8 with a scale a row, as a product with such weights does before. The error is that of rounding."""
+    from jaxpar.pallas_kernels.formats import QUANTISE, dequantise, quantise
+
+    few = min(rows, 64)
+    return Case(
+        "quantising",
+        f"int8_row, {rows} x {inputs}",
+        model,
+        dtype,
+        lambda key: normals(key, (rows, inputs), dtype=dtype),
+        # Magnitude, quotient and rounding of each.
+        3.0 * rows * inputs,
+        rows * (inputs * (jnp.dtype(dtype).itemsize + 1) + 4),
+        {name: lambda x, name=name: quantise(x, "int8_row", implementation=name) for name in QUANTISE.names},
+        lambda arrays, precise: jnp.asarray(np.asarray(arrays[0][:few], np.float64), precise),
+        lambda q: dequantise(jax.tree.map(lambda part: part[:few], q)),
     )
 
 

@@ -23,8 +23,8 @@ THREADS = 128
 MOST = 16384
 """Values of a row: 128 a thread. More do not fit its registers."""
 FEWEST, FEWEST_ROWS = 640, 64
-"""Values of a row, and rows, from which on None chooses it: the fewest of those measured on an H200, 2.0 to 2.7 times as fast
-as XLA."""
+"""Values of a row, and rows, from which on None chooses it: the fewest of those measured on an H200, 2.0 to 2.7 times as fast as
+XLA, by the calls that `experiments/bench/kernels.py` has under "quantising" since."""
 
 
 def misfit(x, fmt: Format, axis: int, key, stacked: int) -> str | None:

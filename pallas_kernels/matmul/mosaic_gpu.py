@@ -114,16 +114,16 @@ SIXTEEN = (
     Row(HopperTiles(128, 64, stages=2)),
 )
 """Tiles of int8 with int8, of float8 with float8, and of a 16-bit x, by the rows of x and the bits of w. That they compile for
-Hopper GPUs and fit their registers is tested. Clusters have not run on a chip. Of int8 with many rows and blocks by themselves,
-64 x 256 was the fastest of five on an H200 (128 x 128 is as fast within 1 %); the others have not been measured beside others:
-`jaxpar tune` does that."""
+Hopper GPUs and fit their registers is tested. Of int8 with many rows the fastest of nine on an H200: blocks by themselves, or tiles
+of 128 x 128, are as fast within 3 %, and clusters of four much slower, as 132 processors do not divide into them. The others have not
+been measured beside others: `jaxpar tune` does that."""
 FEW_ROWS = (
     Row(FewRowsTiles(4, stages=4), most=(("rows", 8), ("bits", 4))),
     Row(FewRowsTiles(4, stages=2), most=(("rows", 16),)),
     Row(FewRowsTiles(2, stages=2)),
 )
-"""Tiles of `gpu_few_rows`, the fastest of those that were tried on an H200. That they compile for Hopper GPUs and fit their
-registers is tested."""
+"""Tiles of `gpu_few_rows`: of a few that were tried on an H200, before codes were widened in fewer instructions, the fastest of
+4-bit weights; of 8-bit ones two and one. That they compile for Hopper GPUs and fit their registers is tested."""
 
 
 def misfit(a, b, axes, dtype) -> str | None:
@@ -284,16 +284,17 @@ def _eight(a, b, axes, dtype, tiles: EightTiles, interpret):
         interpret=bool(interpret),
         cluster=cluster,
         tiles=made,
-        clusters=min(_processors() // math.prod(cluster), math.prod(made)),
+        clusters=min(_processors(interpret) // math.prod(cluster), math.prod(made)),
         band=tiles.band,
     )
     grid, blocks = {"cluster": settings.clusters}, dict(zip(gpu_eight.PLACE, cluster, strict=True))
     return _call(gpu_eight.eight, settings, arrays, (M, N), grid, interpret, module=gpu_eight, cluster=blocks)
 
 
-def _processors() -> int:
-    """Of the GPU that is compiled for. Where none is known, as for the interpreter, so few that blocks make several tiles."""
-    return versions.processors("cuda") or 4
+def _processors(interpret) -> int:
+    """Of the GPU that is compiled for, an H100's and H200's where it does not say; of the interpreter's so few that blocks make
+    several tiles."""
+    return 4 if interpret else versions.processors("cuda") or 132
 
 
 def _stored(w: Quantised) -> dict:

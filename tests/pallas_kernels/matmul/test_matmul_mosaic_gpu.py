@@ -261,6 +261,14 @@ def test_tiles_that_no_kernel_has_are_told(kind, sizes, words):
         getattr(mosaic_gpu, kind)(**sizes)
 
 
+@pytest.mark.parametrize(("cores", "found"), [(114, 114), (None, 132)])
+def test_all_processors_have_blocks(cores, found):
+    """Also of a GPU that does not say how many it has."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=cores, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert mosaic_gpu._processors(interpret=False) == found
+
+
 def test_what_has_been_seen_to_be_faster_is_chosen():
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
