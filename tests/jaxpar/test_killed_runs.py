@@ -86,10 +86,12 @@ def test_killed_twenty_times_at_random_moments(uninterrupted, tmp_path):
         if kills % 2 == 0:
             time.sleep(draw.uniform(0.2, 8.0))
         else:
-            while "step " not in process.output and process.popen.poll() is None:
+            deadline = time.monotonic() + 300
+            going = lambda until=deadline, process=process: process.popen.poll() is None and time.monotonic() < until
+            while "step " not in process.output and going():
                 time.sleep(0.01)
             # However slow the machine is at the moment, there are two checkpoints before long.
-            while not missing and checkpoints(folder) == before and process.popen.poll() is None:
+            while not missing and checkpoints(folder) == before and going():
                 time.sleep(0.01)
             time.sleep(draw.uniform(0.0, 0.4))
         process.kill()
