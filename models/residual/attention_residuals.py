@@ -12,6 +12,7 @@ from typing import Literal
 
 from jaxpar.models.lazy import jax, jnp
 from jaxpar.models.residual.base import Deltas, Stack, again, dot, masked, number_of, seen, weighted
+from jaxpar.models.residual.depth_reads import reads
 from jaxpar.models.spec import Constant, ParamSpec
 
 
@@ -29,9 +30,10 @@ class AttentionResiduals(Deltas):
 
     Attributes:
       block: branches whose outputs are one source.
-      phases: "two": attention and feed-forward of a layer look at the whole blocks together, once, and each merges the rest by
-        its log-sum-exp (algorithm 1, for the two branches of a layer instead of all of a block, whose parameters no turn
-        of a loop over layers has at hand). "direct": each looks at them itself.
+      phases: "two": all branches of a block look at the whole blocks together, once, and each merges the block's sum so far
+        by its log-sum-exp (algorithm 1). So in training, where blocks are of whole layers and the layers at hand begin one;
+        in pipelines, whose stages do not know their first layer when traced, and in generation the two branches of a
+        layer do. "direct": each looks at them itself.
       epsilon: of the norm of keys.
     """
 
@@ -72,6 +74,18 @@ class AttentionResiduals(Deltas):
     def init(self, cfg, x_BxTxD) -> Stack:
         return super().init(cfg, x_BxTxD)._replace(carry=jnp.zeros_like(x_BxTxD))
 
+    def together(self, cfg, numbers) -> int:
+        aligned = self.block % 2 == 0 and 2 * numbers[0] % self.block == 0
+        return self.block // 2 if self.phases == "two" and aligned else 0
+
+    def ahead(self, cfg, params, slots_nxBxTxD, layer):
+        readers = [params[name]["query"] * params[name]["scale"] for name in ("attention", "feedforward")]
+        w_RxD = jnp.stack(readers, 1).reshape(-1, cfg.width).astype(jnp.float32)
+        slots, mask = seen(slots_nxBxTxD, 2 * number_of(layer) // self.block)
+        # A branch's place among its layer's two goes last.
+        apart = lambda x: x.reshape(*x.shape[:2], -1, 2, *x.shape[3:])
+        return jax.tree.map(apart, reads(w_RxD, slots, mask, self.epsilon))
+
     def logits(self, params, x):
         """How much a reader likes sources [..., D]: float32 [...]. Norm and product in one pass, in float32."""
         x = x.astype(jnp.float32)
@@ -111,6 +125,13 @@ class AttentionResiduals(Deltas):
 
     def read(self, cfg, params, state: Stack, layer, site):
         first = site == "attention"
+        if state.ahead is not None:
+            rest_BxTxD = state.carry if first else state.fresh[0]
+            # Cut in here, so that no copy of a half is kept for the backward pass.
+            half = lambda ahead: jax.tree.map(lambda x: x[:, :, 0 if first else 1], ahead)
+            there = lambda layer: 2 * layer % self.block != 0 if first else True
+            run = lambda cfg, params, ahead, layer, rest: self.merged(params, half(ahead), rest, there(layer))
+            return again(run, cfg, params[site], state.ahead, layer, rest_BxTxD), None
         # What attention gave is a source of its own or the block's sum so far: by now a source in any case.
         rest_BxTxD = state.carry if first else state.fresh[0]
         if self.phases == "direct":
@@ -123,6 +144,10 @@ class AttentionResiduals(Deltas):
     def write(self, cfg, params, state: Stack, told, y_BxTxD, layer, site) -> Stack:
         branch = 2 * number_of(layer) + (site == "feedforward")
         before = state.carry if site == "attention" else state.fresh[0]
+        if state.ahead is not None:
+            # A block's first layer is given zeros, and who runs the block takes the sum from its last.
+            new = before + y_BxTxD
+            return state._replace(fresh=(new,)) if site == "attention" else state._replace(fresh=(), carry=new)
         starts = branch % self.block == 0
         new = y_BxTxD if self.block == 1 else jnp.where(starts, y_BxTxD, before + y_BxTxD)
         if site == "attention":

@@ -186,12 +186,15 @@ class Stack(NamedTuple):
       carry: what else goes from layer to layer.
       fresh: the sources of the layer at hand, which `commit` puts in their slots; empty between layers.
       stream: what the layer's second branch is told by its first; None between layers.
+      ahead: what the layer's branches see of the slots, where that was computed for several layers at once
+        (`StackMixer.ahead`); there are no slots then.
     """
 
     slots: Any
     carry: Any = None
     fresh: tuple = ()
     stream: Any = None
+    ahead: Any = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,23 @@ class StackMixer(DepthMixer):
                 "out, scaled or swapped; train without skipping, recovery's swaps and the schedules skippipe and checkfree+, "
                 "or take an operator without sources: Plain, HyperConnections, ManifoldHyperConnections, DeepDelta"
             )
+
+    def together(self, cfg, numbers) -> int:
+        """How many layers in a row see the same slots, so that these are looked at once for all of them; 0: each looks
+        itself. A mixer that says more has `ahead`.
+
+        Args:
+          numbers: of layers that follow each other, NumPy [n].
+        """
+        return 0
+
+    def ahead(self, cfg, params, slots_nxBxTxD, layer):
+        """What k layers see of the slots, `layer` the first of them: a pytree of [B, T, k, ...].
+
+        Args:
+          params: theirs of `spec`, leaves [k, ...].
+        """
+        raise NotImplementedError
 
     def places(self, cfg, layer) -> tuple:
         """The slots that `layer` writes, in the order of `Stack.fresh`. A later layer may write one again as long as

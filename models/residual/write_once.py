@@ -13,13 +13,16 @@ No paper's: measured against the naive carry in `tests/models/residual/test_writ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.models.residual import blockwise
 from jaxpar.models.residual.base import Stack, StackMixer
+from jaxpar.models.residual.turns import Pulls, rows, take, turns
 
 Tree = Any
 
@@ -36,22 +39,12 @@ def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: T
     """
     mixer: StackMixer = cfg.residual
     n, unroll = len(numbers), cfg.layer_loop == "unroll"
+    if isinstance(numbers, np.ndarray) and (together := mixer.together(cfg, numbers)):
+        return blockwise.loop(cfg, layer, stacked, state, given, numbers, together)
     # Known numbers stay known where each layer has a program of its own.
     known = [int(i) for i in numbers] if unroll and isinstance(numbers, np.ndarray) else None
-    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
-    # In a loop, arrays [n, ...]; unrolled, lists: what a layer keeps may have other shapes there than what the next does.
-    rows = (lambda tree: [at(tree, i) for i in range(n)]) if unroll else (lambda tree: tree)
-    indices = range(n) if unroll else np.arange(n)
-    pulls: list = []
-
-    def turns(body, carry, *xs, reverse=False):
-        """`jax.lax.scan`, or the same unrolled over lists."""
-        if not unroll:
-            return jax.lax.scan(lambda c, x: body(c, *x), carry, xs, reverse=reverse)
-        outs = [None] * n
-        for i in reversed(range(n)) if reverse else range(n):
-            carry, outs[i] = body(carry, *(x[i] for x in xs))
-        return carry, outs
+    over, indices = partial(turns, n=n, unroll=unroll), range(n) if unroll else np.arange(n)
+    pulls = Pulls()
 
     def forward(params, slots, carry, given, number):
         """Fresh sources and carry of a layer, for each part."""
@@ -68,22 +61,17 @@ def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: T
             fresh, carry = forward(params, slots, carry, given, number)
             return (commit(slots, fresh, number), carry), None
 
-        return turns(body, (slots, carry), rows(stacked), known or numbers)[0]
+        return over(body, (slots, carry), rows(stacked, n, unroll), known or numbers)[0]
 
     def keep(stacked, slots, carry, given, numbers):
-        def body(c, params, number):
+        def body(c, params, row, number):
             slots, carry = c
             f = lambda params, slots, carry: forward(params, slots, carry, given, number)
             (fresh, carry), pull = jax.vjp(f, params, slots, carry)
-            leaves, tree = jax.tree.flatten(pull)
-            at_hand = jax.tree.leaves((params, slots, given))
-            places = [next((i for i, x in enumerate(at_hand) if x is leaf), None) for leaf in leaves]
-            pulls.append((tree, places))
-            kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+            kept = pulls.cut(row if unroll else None, pull, (params, slots, given))
             return (commit(slots, fresh, number), carry), kept
 
-        pulls.clear()
-        out, kept = turns(body, (slots, carry), rows(stacked), known or numbers)
+        out, kept = over(body, (slots, carry), rows(stacked, n, unroll), indices, known or numbers)
         return out, (stacked, out[0], given, numbers, kept)
 
     def back(saved, gradient):
@@ -92,13 +80,12 @@ def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: T
         def body(c, params, kept, row, number):
             g_slots, g_carry = c
             taken = [take(g, mixer.places(cfg, number)) for g in g_slots]
-            tree, places = pulls[row if unroll else -1]
-            at_hand, rest = jax.tree.leaves((params, last, given)), iter(kept)
-            pull = jax.tree.unflatten(tree, [next(rest) if p is None else at_hand[p] for p in places])
+            pull = pulls.joined(row if unroll else None, kept, (params, last, given))
             d_params, d_slots, g_carry = pull((tuple(fresh for fresh, _ in taken), g_carry))
             return (tuple(left + d for (_, left), d in zip(taken, d_slots, strict=True)), g_carry), d_params
 
-        c, d_params = turns(body, gradient, rows(stacked), kept, indices, known or numbers, reverse=True)
+        xs = rows(stacked, n, unroll), kept, indices, known or numbers
+        c, d_params = over(body, gradient, *xs, reverse=True)
         d_stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *d_params) if unroll else d_params
         return d_stacked, *c, None, None
 
@@ -107,12 +94,3 @@ def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: T
         stacked, tuple(s.slots for s in state), tuple(s.carry for s in state), given, jnp.asarray(numbers)
     )
     return tuple(map(Stack, slots, carry))
-
-
-def take(g_slots, places: tuple) -> tuple[tuple, Any]:
-    """The gradients of what a layer wrote into these slots, and what is left: of what stood there before, nothing."""
-    taken = []
-    for place in reversed(places):
-        taken.insert(0, jax.lax.dynamic_index_in_dim(g_slots, place, 0, keepdims=False))
-        g_slots = jax.lax.dynamic_update_index_in_dim(g_slots, jnp.zeros_like(taken[0]), place, 0)
-    return tuple(taken), g_slots

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
@@ -68,6 +69,53 @@ def test_every_form_of_the_loop_has_the_gradients_of_the_naive_carry():
     expected = loss_and_gradients(cfg.replace(residual=Naive(block=3)), params, ctx)
     for change in ({}, {"remat": "dots", "layer_loop": "unroll"}):
         assert_close(loss_and_gradients(cfg.replace(**change), params, ctx), expected)
+
+
+@pytest.mark.parametrize("layers", [4, 3])
+def test_blocks_of_layers_that_look_at_sources_together_have_the_gradients_of_the_naive_carry(layers):
+    """Scanned and unrolled, a last block that is cut short, and slices: one goes on where the other left a block open."""
+    cfg = CFG.replace(
+        layers=layers, residual=AttentionResiduals(4, "two"), window=3, window_pattern=(True, False), dropout=0.1
+    )
+    params = decoder.init(cfg, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    ctx = Context(key=jax.random.key(3), sample_ids=jnp.arange(2))
+    expected = loss_and_gradients(cfg.replace(residual=Naive(4, "two")), params, ctx)
+    for change in ({}, {"remat": "dots", "layer_loop": "unroll"}):
+        assert_close(loss_and_gradients(cfg.replace(**change), params, ctx), expected)
+
+    @jax.jit
+    def in_slices(params):
+        state = decoder.embed(cfg, params, TOKENS, ctx)
+        for a, b in ((0, 1), (1, layers)):
+            some = jax.tree.map(lambda x, a=a, b=b: x[a:b], params["layers"])
+            state, _ = decoder.blocks(cfg, some, state, ctx, a)
+        return decoder.head(cfg, params, state, ctx, TOKENS).loss_sum
+
+    assert_close(jax.value_and_grad(in_slices)(params), expected)
+
+
+def additions(cfg) -> int:
+    """How often a training step adds up arrays as large as all sources."""
+
+    def times(jaxpr, turns=1):
+        found = 0
+        for eqn in jaxpr.eqns:
+            large = eqn.outvars[0].aval.shape == (cfg.residual.slots(cfg), *TOKENS.shape, cfg.width)
+            found += turns * (eqn.primitive.name in ("add", "add_any") and large)
+            more = turns * eqn.params["length"] if eqn.primitive.name == "scan" else turns
+            found += sum(times(inner, more) for inner in jaxprs_in_params(eqn.params))
+        return found
+
+    params = jax.eval_shape(partial(decoder.init, cfg), jax.random.key(0))
+    return times(jax.make_jaxpr(jax.grad(lambda p: decoder.loss(cfg, p, TOKENS, TOKENS).loss_sum))(params).jaxpr)
+
+
+def test_a_block_of_layers_looks_at_its_sources_once():
+    """Their gradient is added to once a block, however many layers it has; in the direct form by each of them."""
+    of = lambda phases, layers: additions(CFG.replace(layers=layers, residual=AttentionResiduals(layers, phases)))
+    assert of("two", 12) == of("two", 8)
+    assert of("direct", 12) >= of("direct", 8) + 4
 
 
 def test_slices_of_the_stack_are_the_whole_with_a_traced_first_layer():

@@ -1,0 +1,51 @@
+"""Softmax reads of several queries over sources: values and gradients beside the formula in float64, differentiated by JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpar.models.residual.depth_reads import products, reads
+
+N, B, T, D, R, EPSILON = 4, 2, 3, 16, 5, 1e-3
+
+
+def formula(w, x, visible):
+    """Eq. 2 to 4 of Attention Residuals, whole."""
+    normed = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
+    logits = jnp.where(visible[:, None, None, None], jnp.einsum("nbtd,rd->nbtr", normed, w), -jnp.inf)
+    return jnp.einsum("nbtr,nbtd->btrd", jax.nn.softmax(logits, axis=0), x)
+
+
+def read(w, x, visible):
+    out, top, total = reads(w, x, visible, EPSILON)
+    return out.astype(total.dtype) / total[..., None], top
+
+
+@pytest.mark.parametrize("last", [0, 2, N - 1])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 3e-6), ("bfloat16", 2e-2)])
+def test_values_and_gradients(last, dtype, limit):
+    random = np.random.default_rng(last)
+    x = jnp.asarray(random.normal(size=(N, B, T, D)), dtype)
+    w = jnp.asarray(random.normal(size=(R, D)), jnp.float32)
+    toward = random.normal(size=(B, T, R, D))
+    visible = np.arange(N) <= last
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(a, np.float64)) for a in (w, x)]
+        expected, pull = jax.vjp(lambda w, x: formula(w, x, jnp.asarray(visible)), *exact)
+        wanted = [np.asarray(a) for a in (expected, *pull(jnp.asarray(toward)))]
+    (found, _), pull = jax.vjp(lambda w, x: read(w, x, jnp.asarray(visible)), w, x)
+    got = [found, *pull((jnp.asarray(toward, jnp.float32), jnp.zeros((B, T, R), jnp.float32)))]
+    for a, b in zip(got, wanted, strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * max(np.linalg.norm(b), np.linalg.norm(toward))
+    assert not np.asarray(got[2], np.float64)[last + 1 :].any()
+
+
+def test_a_query_is_not_rounded_to_the_sources_format():
+    """Sixteen bits of it count, where a bfloat16 has eight."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(N, B, T, D)), jnp.bfloat16)
+    w = random.normal(size=(R, D)).astype(np.float32)
+    exact = np.einsum("nbtd,rd->nbtr", np.asarray(x, np.float64), w.astype(np.float64))
+    found = jax.jit(products)(x, w)
+    assert np.linalg.norm(found - exact) < 2e-5 * np.linalg.norm(exact)
