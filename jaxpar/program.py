@@ -212,8 +212,6 @@ def checked(
         f"tokens lie on {sizes['sequence']} devices": sizes["sequence"] > 1,
         f"products are spread by hand (tensor.products = {tensor.products!r})": tensor.by_hand(sizes),
     }
-    shards = sizes["tensor"] if tensor.by_hand(sizes) else 1
-    cfg.residual.check_spread(cfg, sizes["sequence"], shards, length)
     for part in (cfg.feedforward, cfg.depth):
         part.check_spread(next((how for how, so in spread.items() if so), None))
     if pipeline is not None:

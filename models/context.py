@@ -14,6 +14,7 @@ from flax import struct
 from jaxpar.models.cache import KVCache
 from jaxpar.models.route import Route
 from jaxpar.models.routing.record import Skip
+from jaxpar.models.rows import Rows
 from jaxpar.models.shards import Whole, cut
 from jaxpar.models.steering import Steering
 from jaxpar.pallas_kernels.attention import attention
@@ -77,6 +78,7 @@ class Ops:
       constrain: `(x, logical axes) -> x`, says how an activation is spread. The model names logical axes only, never a
         mesh.
       shards: what of tokens, kernels and vocabulary is at hand, see `jaxpar.models.shards`.
+      rows: where the tokens of a row lie, see `jaxpar.models.rows`.
       cache: the number format that generation keeps keys and values in. None: the compute dtype.
     """
 
@@ -85,6 +87,7 @@ class Ops:
     matmul: Callable = matmul
     constrain: Callable = unconstrained
     shards: Whole = Whole()
+    rows: Rows = Rows()
     cache: str | None = None
 
     def columns(self, x_BxSxD, kernels: Sequence) -> list:
@@ -113,8 +116,8 @@ class Context:
       key: the random key of this step, for dropout. None: evaluation, nothing is dropped.
       sample_ids: int32 [B], the global example index of each row, which dropout folds into the key so that it does not
         depend on how rows are spread. Needed where `key` is given.
-      places: int32 [T], the place in its row of each token, which dropout folds in too: a device that holds a part of
-        every row says here which. None: 0, 1, 2, ...
+      places: int32 [T], the place in its row of each token: a device that holds a part of every row says here which.
+        Dropout folds it in too, and `reach` finds the tokens before by it. None: 0, 1, 2, ...
       route: which layers run, see `Route`. None: all, in order.
       skip: which parts of layers each token leaves out, see `jaxpar.models.routing.skip`. None: none.
       modules: int32 [L] or [L, B, T], which module each token takes in each layer, for a feed-forward layer that has several

@@ -142,7 +142,8 @@ def embed(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context):
         slots_Bxn = jnp.maximum(reach.slots_before(ctx.cache.lens, n), 0)
         before = embedded(table_VxD[jnp.take_along_axis(ctx.cache.tokens, slots_Bxn, axis=1)], slots_Bxn)
     found = Behind(reach.extended(ctx, before, x_BxSxD), reach.documents(ctx, tokens_BxT.shape, n))
-    return cfg.residual.init(cfg, x_BxSxD, params["embedding"]["residual"], found)
+    first = lambda x, found: cfg.residual.init(cfg, x, params["embedding"]["residual"], found)
+    return reach.by_run(first, found, x_BxSxD)
 
 
 def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, tally=None) -> tuple[Any, Aux]:

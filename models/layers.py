@@ -86,7 +86,7 @@ class Tables:
       slots: int32 [B, T], the cache slots of the new tokens, where there is a cache.
       windows: the attention span of each kind, or None where no layer slides (static).
       index: int32 [B, T], the place in its row of each token, where they are some of a row's. None: 0, 1, 2, ...
-      documents: int32 [B, n + S], see `residual.base.Behind`, where the residual operator reaches n tokens back.
+      documents: int32 [B · runs, n + L], see `reach.documents`, where the residual operator reaches n tokens back.
     """
 
     cos: jax.Array | None
@@ -238,7 +238,8 @@ def whole(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
 
     def branch(name, site, run, state, *before):
         own = params[name]
-        x, told = cfg.residual.read(cfg, mixer, state, layer, name, *before)
+        read = lambda state, *before: cfg.residual.read(cfg, mixer, state, layer, name, *before)
+        x, told = reach.by_run(read, *before, state) if before else read(state)
         if isinstance(x, Streams):
             norms = [own if norm is None else {"norm": norm} for norm in (None, *(x.norms or (None, None)))]
             x = Streams(*map(normed, norms, x[:3]))

@@ -4,6 +4,7 @@ products over the tensor axis, beside one device.
 Command:   python -m jaxpar.experiments.parity.matrix                       (8 fake devices, models llama, gpt2, gemma)
            python -m jaxpar.experiments.parity.matrix --devices 16 --models llama
            python -m jaxpar.experiments.parity.matrix --models "exits in stages" --only "stage(2)"
+           python -m jaxpar.experiments.parity.matrix --models "short window" --only "short window: data"
            python -m jaxpar.experiments.parity.matrix --only "sequence(2)"   (the case of this name, or all that have it in it)
 Expected:  a quarter to half a minute a case on two CPU cores, nearly all of it compiling: one to two hours for 8 devices (229
            cases), two for 16 (334). Every line ends with ok; results/matrix_<devices>.json and .md are written after each
@@ -37,6 +38,8 @@ PRODUCTS = ("sharded", "gathered", "ring", "weave")
 """Beside "whole", which all other cases have."""
 INSIDE = ("exits in stages", "two modules, routers", "mixture of depths")
 """Models with losses of their own inside of stages: where asked for, in every schedule too."""
+REACHING = ("deep delta over tokens", "short window")
+"""Models whose layers look at earlier tokens of the stream: where asked for, in every layout of a row too."""
 
 
 def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfig, dict]]:
@@ -62,6 +65,15 @@ def cases(devices: int, models: list[str]) -> Iterator[tuple[str, str, MeshConfi
         for schedule in SCHEDULES:
             how = PipelineConfig(schedule, 4, keep="residuals")
             yield f"{model}: {mesh}, {schedule}, residuals", model, mesh, {"pipeline": how}
+    for model in (name for name in REACHING if name in models):
+        for text in (f"data={devices // 4},sequence=4", f"data={devices // 8},stage=2,sequence=2,tensor=2"):
+            mesh = MeshConfig.parse(text)
+            for attention in ("ring", "hybrid"):
+                for layout in LAYOUTS:
+                    how = SequenceConfig(attention, layout=layout)
+                    yield f"{model}: {mesh}, {attention}, {layout}", model, mesh, {"sequence": how}
+            for products in PRODUCTS if mesh.tensor > 1 else ():
+                yield f"{model}: {mesh}, products {products}", model, mesh, {"tensor": TensorConfig(products)}
     for text, used in (
         (f"data={devices // 4},fsdp=2,tensor=2", models),
         (f"data={devices // 8},stage=2,fsdp=2,tensor=2", models),

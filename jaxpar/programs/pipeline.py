@@ -29,6 +29,7 @@ from jaxpar.parallel.pipeline.table import Table
 from jaxpar.parallel.pipeline.tasks import Placement
 from jaxpar.parallel.rules import Rules
 from jaxpar.parallel.sequence.config import SequenceConfig
+from jaxpar.parallel.sequence.rows import SpreadRows
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
 from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, local_attention
 from jaxpar.programs.stages import Places, parts_of
@@ -181,7 +182,9 @@ class PipelineProgram:
         microbatches."""
         cfg, ops = self.cfg, self.ops
         if self.sizes[SEQUENCE] > 1:
-            ops = replace(ops, attention=local_attention(self.sequence, self.inside[1]))
+            tokens = self.inside[1]
+            rows = SpreadRows(self.sequence.layout, tokens)
+            ops = replace(ops, attention=local_attention(self.sequence, tokens), rows=rows)
 
         def context(micro: Batch) -> Context:
             return Context(

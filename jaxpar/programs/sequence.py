@@ -1,8 +1,9 @@
 """Loss where every device holds a part of each row's tokens: by hand over `sequence`, GSPMD over the other axes (but
 those that a run's products are spread over by hand).
 
-Everything but attention works on each token alone, so the model runs as it is on a device's own tokens; attention is one
-of `jaxpar.parallel.sequence`. Tokens are stored in the layout's order from here on: batches come in their own.
+Nearly everything but attention works on each token alone, so the model runs as it is on a device's own tokens; attention is
+one of `jaxpar.parallel.sequence`, and a residual operator that looks at earlier tokens gets those of other devices by
+`jaxpar.models.reach`. Tokens are stored in the layout's order from here on: batches come in their own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jaxpar.parallel.sequence.choose import Workload
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.sequence.layouts import Layout
 from jaxpar.parallel.sequence.links import links_of
+from jaxpar.parallel.sequence.rows import SpreadRows
 from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
 
@@ -159,7 +161,7 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand
     """
     inside, tokens = by_hand(mesh, config)
     interpret = ops.attention.interpret
-    ops = replace(ops, attention=local_attention(config, tokens, interpret))
+    ops = replace(ops, attention=local_attention(config, tokens, interpret), rows=SpreadRows(config.layout, tokens))
     axes, rows, param_specs, gather = tokens, (), PartitionSpec(), lambda params: params
     if hand is not None:
         axes, rows, param_specs, gather = (*tokens, *hand.axes), hand.rows, hand.params, hand.gather

@@ -42,7 +42,7 @@ class Streams(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """Earlier tokens, for a mixer whose reach is n + 1 tokens. S tokens at hand, the n before them in front.
+    """Earlier tokens, for a mixer whose reach is n + 1 tokens. S consecutive tokens at hand, the n before them in front.
 
     Attributes:
       values: what the mixer kept of them (`DepthMixer.kept`), a pytree of [B, n + S, ...]; zero where there is no token.
@@ -72,28 +72,6 @@ class DepthMixer:
 
     def check_route(self, route) -> None:
         """Raises ValueError where this mixer needs every layer in order, and `route` (None: there is none) says otherwise."""
-
-    def check_spread(self, cfg, sequence: int, shards: int, length: int | None) -> None:
-        """Raises ValueError where this mixer needs earlier tokens that are not at hand.
-
-        Args:
-          sequence: devices that the tokens of a row lie on.
-          shards: those that the stream's tokens lie on between branches, in the row's order.
-          length: tokens of a row. None: not known yet.
-        """
-        reach, name = max(self.reach(cfg), self.first_reach(cfg)), type(self).__name__
-        if reach > 1 and sequence > 1:
-            raise ValueError(
-                f"model.residual = {name} looks at the last {reach} tokens of the stream, and here a row's tokens lie on "
-                f"{sequence} devices, in the order that attention wants; train on a mesh with sequence=1, or take an operator "
-                "that looks at one token at a time"
-            )
-        if length is not None and shards > 1 and length // shards < reach - 1:
-            raise ValueError(
-                f"model.residual = {name} looks at {reach - 1} earlier tokens of the stream, and with products by hand over "
-                f"{shards} devices each holds {length // shards} of a row's {length}, too few to hand them on; take longer rows, "
-                "fewer devices, or tensor.products = 'whole'"
-            )
 
     def reach(self, cfg) -> int:
         """How many tokens of the stream a token sees at a layer, itself the last; attention is not counted. 1: itself only."""
@@ -139,7 +117,8 @@ class DepthMixer:
 
     def read(self, cfg, params, state, layer, site: Site) -> tuple[Any, Any]:
         """What a branch of `layer` sees, [B, T, D] or (attention) `Streams`, and what `write` is to be told of it. At a site
-        that `memory` names, `Behind` is given as one argument more."""
+        that `memory` names, `Behind` is given as one argument more, and the state is arrays [B, T, ...] alone: where a row's
+        tokens lie over devices, each run of consecutive ones is given as a row (`jaxpar.models.reach`)."""
         raise NotImplementedError
 
     def write(self, cfg, params, state, told, y_BxTxD, layer, site: Site):

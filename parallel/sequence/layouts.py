@@ -78,6 +78,16 @@ class Layout:
                 half = self.local // 2
                 return Chunks(np.concatenate([n * half, (2 * self.shards - 1 - n) * half], axis=1), 1, half)
 
+    def runs(self, tokens: int) -> tuple[int, np.ndarray]:
+        """Stored tokens as runs of consecutive ones, the longest of one length that lie within each `tokens` of them.
+
+        Returns:
+          L, the tokens of a run; and int [T / L], which stored run is the first of the row, the second, ...
+        """
+        breaks = 1 + np.flatnonzero(np.diff(self.positions) != 1)
+        length = int(np.gcd.reduce(np.append(breaks, tokens)))
+        return length, np.argsort(self.positions[::length])
+
     def arrange(self, x: Any, axis: int = 1) -> Any:
         """Tokens in their own order -> stored order, along dimension `axis` of a NumPy or JAX array."""
         before, after = self._around(x, axis)

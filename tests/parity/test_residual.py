@@ -7,6 +7,7 @@ from jaxpar.errors import UserError
 from jaxpar.experiments.parity.compare import MODELS, reference, run, too_large
 from jaxpar.parallel.mesh import MeshConfig
 from jaxpar.parallel.pipeline.config import PipelineConfig
+from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.program import checked
 from jaxpar.skipping.config import LayerDrop
@@ -29,6 +30,24 @@ def test_a_residual_operator_on_a_mesh_is_the_single_device_run(model, mesh, pro
     """Over stages the payload is the operator's state: static shapes, every slot of its sources. Earlier
     tokens that an operator looks at come from the device that has them."""
     found = run(MODELS[model], MeshConfig.parse(mesh), tensor=TensorConfig(products))
+    assert not too_large(found, reference(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "sequence", "products"),
+    [
+        ("deep delta over tokens", "sequence=4", SequenceConfig(layout="contiguous"), "whole"),
+        ("short window", "data=2,sequence=4", SequenceConfig(), "whole"),
+        ("short window", "sequence=4", SequenceConfig(layout="striped"), "whole"),
+        ("short window", "sequence=4", SequenceConfig("hybrid", layout="striped"), "whole"),
+        ("deep delta over tokens", "stage=2,sequence=2", SequenceConfig(), "whole"),
+        ("deep delta over tokens", "sequence=2,tensor=2", SequenceConfig(), "gathered"),
+    ],
+    ids=lambda x: f"{x.attention}, {x.layout}" if isinstance(x, SequenceConfig) else x,
+)
+def test_earlier_tokens_on_other_devices_are_those_of_the_single_device_run(model, mesh, sequence, products, devices):
+    """Packed documents, in every layout. On four devices a zigzag piece has 2 tokens, fewer than an operator's 3 before."""
+    found = run(MODELS[model], MeshConfig.parse(mesh), sequence=sequence, tensor=TensorConfig(products))
     assert not too_large(found, reference(model))
 
 
