@@ -4,9 +4,11 @@ Behind each exit a branch (`lax.cond`) either ends the token or runs the next pa
 nothing. All rows of a batch leave by the same exit, when the least sure of those that are not finished is sure (CALM's rule for
 batches, Schuster et al. 2022): at batch 1 this is each token's own depth.
 
-A token that left has no keys and values in the layers above, where later tokens look for them. Remedies:
+A token that left has no keys and values in the layers above, where later tokens look for them, nor what a residual operator
+that looks at earlier tokens keeps there (`jaxpar.models.reach`). Remedies, for both alike:
 
-    Propagate   the exit's state goes through the upper layers' key and value projections (CALM, §3.3): cheap, approximate
+    Propagate   the exit's state goes through the upper layers' key and value projections (CALM, §3.3): cheap, approximate.
+                An operator keeps of it in each of them what it keeps of a layer's state
     Recompute   tokens that left wait; the next token that goes on takes them along (EE-LLM, Chen et al. 2023, §5.2): every key
                 and value is the one of a full pass, exactly. Only the parts that they have not run are run
 
@@ -29,6 +31,7 @@ from jaxpar.errors import UserError
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Ops
 from jaxpar.models.exits.propagate import keys_from
+from jaxpar.models.reach import noted
 from jaxpar.sampling import Sampler
 
 
@@ -81,11 +84,6 @@ def exit_early(
     if policy.learns and own is None:
         raise UserError(
             "the confidence Learned has parameters: fit them (jaxpar.adaptive.confidence.fit) and give them as `own`"
-        )
-    if (back := max(cfg.residual.reach(cfg), cfg.residual.first_reach(cfg))) > 1:
-        raise UserError(
-            f"model.residual = {type(cfg.residual).__name__} looks at the last {back} tokens of the stream, and a token that left "
-            "early has none in the layers behind its exit; generate without --decoding, or with self-speculation"
         )
     rows = prepared(cfg, prompts, new_tokens, stop, policy.remedy.window + 1)
     stack = Stack(cfg, at, ops, cfg.vocabulary if vocabulary is None else vocabulary)
@@ -142,7 +140,7 @@ def _run(stack, policy, sampler, capacity, room, params, own, tokens_BxP, counts
         goal = policy.threshold.scaled(value, t, limit)
         state = stack.embed(params, token_B[:, None], caches[0])
         start = stack.normed(params, state, 0)
-        state, first = stack.run(parts[0], 0, state, caches[0], counts_B)
+        state, first = stack.run(parts[0], 0, state, noted(caches[0], token_B[:, None]), counts_B)
 
         def behind(number, state, before, caches, waiting):
             """Behind part `number`, whose layers have run: leave, or go on."""

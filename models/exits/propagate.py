@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpar.models import layers
+from jaxpar.models import layers, reach
 from jaxpar.models.cache import KVCache, Pages
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
@@ -18,20 +18,27 @@ Tree = Any
 
 def keys_from(cfg: ModelConfig, stacked: Tree, state, cache: KVCache, ops: Ops, first_layer: int) -> KVCache:
     """The cache with what these n layers' key and value projections make of `state`, as if no layer had added anything to it
-    (CALM, Schuster et al. 2022, §3.3). Nothing else of the layers runs. `lens` is unchanged."""
+    (CALM, Schuster et al. 2022, §3.3), and with what a residual operator keeps of it for later tokens. Nothing else of the
+    layers runs. `lens` is unchanged."""
     ctx = Context(cache=cache, ops=ops)
     tables = layers.tables(cfg, state, ctx)
     n = jax.tree.leaves(stacked)[0].shape[0]
     numbers = np.arange(n) + first_layer
 
+    remembered = cfg.residual.memory(cfg)
+
     def one(pages, xs):
         params, kind, number, i = xs
-        x, _ = cfg.residual.read(cfg, params.get("residual", {}), state, number, "attention")
-        own = params["attention"]
+        mixer, own, before = params.get("residual", {}), params["attention"], ()
+        for site in remembered:
+            kept = cfg.residual.kept(cfg, mixer, state, site)
+            found, pages = reach.behind(cfg, ctx, tables, pages, kept, site, i)
+            before = (found,) if site == "attention" else before
+        x, _ = cfg.residual.read(cfg, mixer, state, number, "attention", *before)
         x = cfg.norm(own["norm"], x) if "norm" in own else x
         _, pages = layers.attention_branch(cfg, own, x, pages, ctx, tables, i, kind, keys_only=True)
         return pages, None
 
     xs = (stacked, jnp.asarray(layers.kinds_of(cfg, numbers)), jnp.asarray(numbers), jnp.arange(n))
-    pages, _ = jax.lax.scan(one, Pages(cache.k, cache.v, cache.there), xs)
-    return cache.replace(k=pages.k, v=pages.v, there=pages.there)
+    pages, _ = jax.lax.scan(one, Pages(cache.k, cache.v, cache.there, cache.behind), xs)
+    return cache.replace(k=pages.k, v=pages.v, there=pages.there, behind=pages.behind)
