@@ -45,7 +45,7 @@ def mixers() -> dict:
         "plain": Plain(),
         "again": Plain(),
         "deep delta": DeepDelta(),
-        "block attention residuals": AttentionResiduals(block=8, phases="two"),
+        "block attention residuals": AttentionResiduals(block=8),
         "full attention residuals": AttentionResiduals(),
         "hyper-connections": HyperConnections(),
         "mHC": ManifoldHyperConnections(),

@@ -57,7 +57,7 @@ MODELS = {
         logit_cap=10.0,
     ),
     "attention residuals": LLAMA.replace(layers=4, residual=AttentionResiduals(block=3)),
-    "attention residuals, blocks": LLAMA.replace(layers=4, residual=AttentionResiduals(4, "two")),
+    "attention residuals, blocks": LLAMA.replace(layers=4, residual=AttentionResiduals(4)),
     "hyper-connections": LLAMA.replace(layers=4, residual=ManifoldHyperConnections(streams=2)),
     "deep delta": LLAMA.replace(layers=4, residual=DeepDelta(channels=4)),
     "deep delta over tokens": LLAMA.replace(

@@ -33,12 +33,12 @@ class AttentionResiduals(Deltas):
       phases: "two": all branches of a block look at the whole blocks together, once, and each merges the block's sum so far
         by its log-sum-exp (algorithm 1). So in training, where blocks are of whole layers and the layers at hand begin one;
         in pipelines, whose stages do not know their first layer when traced, and in generation the two branches of a
-        layer do. "direct": each looks at them itself.
+        layer do. "direct": each looks at them itself. None: "two" where blocks are of whole layers.
       epsilon: of the norm of keys.
     """
 
     block: int = 1
-    phases: Literal["direct", "two"] = "direct"
+    phases: Literal["direct", "two"] | None = None
     epsilon: float = 1e-6
 
     def check(self, cfg) -> None:
@@ -47,6 +47,10 @@ class AttentionResiduals(Deltas):
                 f"residual.block = {self.block} branches is outside 1 to {2 * cfg.layers}, the branches of model.layers = "
                 f"{cfg.layers} layers; {2 * cfg.layers} makes one block of them all"
             )
+
+    @property
+    def in_two(self) -> bool:
+        return self.block % 2 == 0 if self.phases is None else self.phases == "two"
 
     def reader(self, cfg) -> dict:
         return {
@@ -76,7 +80,7 @@ class AttentionResiduals(Deltas):
 
     def together(self, cfg, numbers) -> int:
         aligned = self.block % 2 == 0 and 2 * numbers[0] % self.block == 0
-        return self.block // 2 if self.phases == "two" and aligned else 0
+        return self.block // 2 if self.in_two and aligned else 0
 
     def ahead(self, cfg, params, slots_nxBxTxD, layer):
         readers = [params[name]["query"] * params[name]["scale"] for name in ("attention", "feedforward")]
@@ -134,7 +138,7 @@ class AttentionResiduals(Deltas):
             return again(run, cfg, params[site], state.ahead, layer, rest_BxTxD), None
         # What attention gave is a source of its own or the block's sum so far: by now a source in any case.
         rest_BxTxD = state.carry if first else state.fresh[0]
-        if self.phases == "direct":
+        if not self.in_two:
             run = lambda cfg, params, slots, layer, rest: self.mix(cfg, params, slots, layer, rest, first)
             return again(run, cfg, params, state.slots, layer, rest_BxTxD), None
         both = again(self.both, cfg, params, state.slots, layer) if first else state.stream
