@@ -207,7 +207,6 @@ def checked(
     tensor.check(sizes, rows=at_a_time, over=over, length=length)
     if quantise is not None:
         quantise.check(cfg, sizes, tensor, length)
-    cfg.exits.check_stages(sizes["stage"] if pipeline is not None else 1)
     spread = {
         f"tokens lie on {sizes['sequence']} devices": sizes["sequence"] > 1,
         f"products are spread by hand (tensor.products = {tensor.products!r})": tensor.by_hand(sizes),

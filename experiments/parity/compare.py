@@ -73,7 +73,7 @@ MODELS = {
     "exits in stages": LLAMA.replace(
         layers=5, dropout=0.1, exits=Exits((1, 2, 4), Adapter(4), EeLlm((0.3, 0.5, 0.7), "cool_down", 4))
     ),
-    "exits": LLAMA.replace(layers=2, dropout=0.1, exits=Exits((1,), Adapter(4), Free(0.5))),
+    "exits": LLAMA.replace(layers=4, dropout=0.1, exits=Exits((1,), Adapter(4), Free(0.5))),
 }
 # A large epsilon, so that a gradient that is nothing but rounding does not become a step of full size.
 OPTIMISER = AdamW(schedule=Constant(1e-2), epsilon=1e-3)

@@ -36,7 +36,7 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v")
 HOWS = (("one-kind", "inputs"), ("one-kind", "residuals"), ("mixed", "inputs"), ("mixed", "residuals"))
 PRODUCTS = ("sharded", "gathered", "ring", "weave")
 """Beside "whole", which all other cases have."""
-INSIDE = ("exits in stages", "two modules, routers", "mixture of depths")
+INSIDE = ("exits", "exits in stages", "two modules, routers", "mixture of depths")
 """Models with losses of their own inside of stages: where asked for, in every schedule too."""
 REACHING = ("deep delta over tokens", "short window")
 """Models whose layers look at earlier tokens of the stream: where asked for, in every layout of a row too."""

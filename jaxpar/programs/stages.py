@@ -1,8 +1,11 @@
 """The model as the parts of a pipeline: what enters, a stage's layers, the loss, and the exits that lie inside of stages.
 
 What crosses a boundary is the residual operator's wire, and beside it what routers counted so far (`Tally`: a number a row),
-for their budget is held over all layers and its loss is taken behind the last. Exits send nothing, see
-`jaxpar.parallel.pipeline.execute`.
+for their budget is held over all layers and its loss is taken behind the last. Losses at exits send nothing, see
+`jaxpar.parallel.pipeline.execute`. A distance of an exit's state from the last layer's (FREE's distillation) needs both in one
+place: then the exit's wire travels beside the stream's to the last stage, zeros until the exit, and the gradient comes back by
+the same way. As messages have one shape, every boundary carries it: twice the bytes of the wire, forwards and backwards
+([B, T, D] more for a plain stream), and twice the buffer of a stage's inputs.
 """
 
 from __future__ import annotations
@@ -72,27 +75,28 @@ def parts_of(cfg: ModelConfig, split: Split, context: Callable[[Batch], Context]
       objective, the n exits' losses and the last layer's; else the loss.
     """
     places = Places(() if weights is None else cfg.exits.at, split)
-
-    def unwire(wire, ctx: Context):
-        wire, tally = wire
-        return decoder.from_wire(cfg, wire, ctx), tally
+    distillation = cfg.exits.loss.distillation if places.at else 0.0
 
     def start(shared, micro):
         ctx = context(micro)
-        state = decoder.embed(cfg, shared, micro.tokens, ctx)
-        return decoder.to_wire(cfg, state, ctx), cfg.feedforward.tally(cfg, ctx, micro.tokens.shape)
+        wire = decoder.to_wire(cfg, decoder.embed(cfg, shared, micro.tokens, ctx), ctx)
+        kept = jax.tree.map(jnp.zeros_like, wire) if distillation else None
+        return wire, cfg.feedforward.tally(cfg, ctx, micro.tokens.shape), kept
 
-    def middle(layers, wire, piece, micro):
-        (first, count, _), ctx = piece, context(micro)
-        state, tally = unwire(wire, ctx)
-        states, begin = [], 0
+    def middle(layers, message, piece, micro):
+        (first, count, which), ctx = piece, context(micro)
+        wire, tally, kept = message
+        state, at_exits, begin = decoder.from_wire(cfg, wire, ctx), [], 0
         for cut, some in sliced(layers, places.cuts, split.largest):
             state, tally = run(some, state, tally, ctx, first + begin, count - begin)
             begin = cut
             if cut in places.cuts:
-                states.append((decoder.to_wire(cfg, state, ctx), None))
-        out = decoder.to_wire(cfg, state, ctx), tally
-        return (out, states) if places.at else out
+                here = decoder.to_wire(cfg, state, ctx)
+                if distillation:
+                    kept = jax.tree.map(partial(jnp.where, which[len(at_exits)] > 0), here, kept)
+                at_exits.append(here)
+        out = decoder.to_wire(cfg, state, ctx), tally, kept
+        return (out, at_exits) if places.at else out
 
     def run(layers, state, tally, ctx, first, count):
         if split.even:
@@ -102,20 +106,27 @@ def parts_of(cfg: ModelConfig, split: Split, context: Callable[[Batch], Context]
 
     def loss(number: int, at: int | None, shared, wire, micro):
         ctx = context(micro)
-        state, tally = unwire(wire, ctx)
+        state = decoder.from_wire(cfg, wire, ctx)
         found = decoder.head(cfg, shared, state, ctx, micro.targets, micro.weights, at=at).loss_sum
-        if weights is not None:
-            told = np.eye(len(places.at) + 1, dtype=np.float32)[number]
-            return found * jnp.append(weights[number], told)
+        if weights is None:
+            return found
+        return found * jnp.append(weights[number], np.eye(len(places.at) + 1, dtype=np.float32)[number])
+
+    def end(shared, message, micro):
+        (wire, tally, kept), ctx = message, context(micro)
+        found, more = loss(len(places.at), None, shared, wire, micro), jnp.zeros((), jnp.float32)
+        if distillation:
+            last, shown = (decoder.from_wire(cfg, x, ctx) for x in (wire, kept))
+            more += distillation * decoder.distance(cfg, shared, last, ctx, micro.weights, shown, places.at[0])
         if tally is not None and ctx.key is not None:
-            found += cfg.feedforward.penalty(cfg, tally, micro.weights)
-        return found
+            more += cfg.feedforward.penalty(cfg, tally, micro.weights)
+        return found + more if weights is None else found.at[0].add(more)
 
     exit_at = lambda layer: partial(loss, places.at.index(layer), layer)
     return Parts(
         first=start,
         middle=middle,
-        last=partial(loss, len(places.at), None),
+        last=end,
         exits=tuple(tuple(map(exit_at, places.of(cut))) for cut in places.cuts),
         which=lambda piece: piece[2],
     )

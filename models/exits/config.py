@@ -64,15 +64,6 @@ class Exits:
                 "take layer-drop, stochastic-depth, progressive-layer-drop or layer-skip-dropout, or train without exits"
             )
 
-    def check_stages(self, stages: int) -> None:
-        """Raises ValueError where the loss cannot be had with the layers spread over stages."""
-        if self.at and stages > 1 and self.loss.distillation:
-            raise ValueError(
-                f"model.exits.loss.distill = {self.loss.distillation} draws the exit behind layer {self.at[0]} to the last "
-                f"layer's state, which in a pipeline of {stages} stages is not there yet where the exit is; set it to 0, or "
-                "train on a mesh with stage=1 (data, fsdp, tensor and sequence are free)"
-            )
-
     def check_paths(self, paths, stages: int) -> None:
         """Raises ValueError where microbatches leave stages out or take them in another order.
 

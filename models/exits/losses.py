@@ -177,6 +177,9 @@ class Free(Weighted):
     to the last layer's, whose gradient is stopped: mean over D of the squared distance of what the output projection sees.
     The paper pairs every shallow layer with a deep one (KD-dyna); here the exit is paired with the last (its KD-last).
 
+    In a pipeline the exit's state travels to the last stage: with `distill` above 0 every boundary carries one more of the
+    residual operator's wire, [B, T, D] for a plain stream; with 0 nothing more.
+
     Attributes:
       distill: weight of the distance.
     """

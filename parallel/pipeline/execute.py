@@ -20,7 +20,8 @@ A model may have losses inside of stages, at exits. As in EE-LLM (Chen et al. 20
 
     its own exits' losses + <the gradient that came back, the state that went on>
 
-and no message is larger for it. An exit's loss and its gradient are computed where the stage's backward pass begins (§3.2,
+and no message is larger for it (but where the loss at the end compares with an exit's state: that must travel with the
+state, and its gradient comes back with the state's). An exit's loss and its gradient are computed where the stage's backward pass begins (§3.2,
 "deferring"), so that from F to B only the state at the exit is held, and no gradient of the output projection.
 """
 
@@ -58,7 +59,8 @@ class Parts:
       last: (shared, state, micro) -> the microbatch's summed loss, a scalar; or a vector of sums whose first is the loss, and
         the others are only told.
       exits: for each place inside of a stage that may have an exit: functions as `last`, of which one or none is there.
-        Where there are such places, `middle` gives (state, [the state at each place]).
+        Where there are such places, `middle` gives (state, [what its exits read at each place]), which need not be all of a
+        state.
       which: (piece) -> int32 [places]: 0 for no exit, k for the place's k-th.
     """
 
@@ -267,13 +269,12 @@ class _Program:
         if not self.parts.exits:
             return y, kept, []
         y, states = y
+        self.places = jax.tree.structure(states)
         return y, kept, jax.tree.leaves(states)
 
     def with_exits(self, y, leaves: list):
         """y and what belongs to the places of exits, as `middle` gives them."""
-        n = self.state.num_leaves
-        states = [self.unflat(leaves[i : i + n]) for i in range(0, len(leaves), n)]
-        return (y, states) if self.parts.exits else y
+        return (y, jax.tree.unflatten(self.places, leaves)) if self.parts.exits else y
 
     def at_exits(self, carry: Carry, active, aux, leaves: list, dy) -> tuple[Carry, Any]:
         """The losses at this stage's exits, and what the stage is to pull back: dy and their gradients."""
@@ -319,7 +320,7 @@ class _Program:
         """What the backward pass reads, and the states at exits: held since F, or made again from the stage's input."""
         if self.table.keep == "residuals":
             held = self.read(carry, "residual", row)
-            n = len(held) - len(self.parts.exits) * self.state.num_leaves
+            n = len(held) - self.places.num_leaves if self.parts.exits else len(held)
             return held[:n], held[n:]
         return self.run_stage(layers, self.entering(carry, row, micro), (piece, micro))[1:]
 

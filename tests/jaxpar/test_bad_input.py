@@ -278,11 +278,6 @@ CASES = [
     Case("exits that fall", "{train} --layers 4 --exits.at 3 1", ("(3, 1)", "must rise", "(1, 3)")),
     Case("exits of sources", "{train} --exits.at 1 --residual mudd-former", ("MuddFormer", "layer 1", "DeepDelta")),
     Case(
-        "exits drawn to the last of other stages",
-        "{train} --exits.at 1 --exits.loss free --mesh data=4,stage=2",
-        ("distill = 1.0", "layer 1", "2 stages", "stage=1"),
-    ),
-    Case(
         "exits and swaps", "{train} --layers 4 --exits.at 1 --skipping swap-ends", ("(1,)", "swap-ends", "layer-drop")
     ),
     Case("an exit that is not trained", "{train} --exits.at 1 --exits.loss layer-skip", ("LayerSkip", "first layer")),
