@@ -101,7 +101,8 @@ def look(cfg: ModelConfig, params: Any, batch: Batch, thresholds: tuple[float, .
     watched = cfg.replace(residual=Watched(mixer), dropout=0.0, remat="none", layer_loop="scan")
     ctx = Context(batch.positions, batch.segments)
     at = cfg.exits.at
-    *states, state = decoder.segments(watched, params, decoder.embed(watched, params, batch.tokens, ctx), ctx, at)
+    states, _ = decoder.segments(watched, params, decoder.embed(watched, params, batch.tokens, ctx), ctx, at)
+    *states, state = states
     exits = {n: decoder.final_norm(watched, params, x, n) for n, x in zip(at, states, strict=True)}
     seen, last = state[1], decoder.final_norm(watched, params, state)
     return seen._replace(reads=()), _lens(cfg, params, seen.reads, exits, last, batch, thresholds)

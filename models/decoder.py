@@ -320,34 +320,38 @@ def loss(cfg: ModelConfig, params: Tree, tokens_BxT, targets_BxT, weights_BxT=No
     """The summed next-token loss of a batch: `LossSums`.
 
     Where the model has exits and is being trained (`ctx.key` is given), their losses too; see `loss_at_exits`. Likewise
-    what a feed-forward layer with routers adds for its budget.
+    what a feed-forward layer with routers adds for its budget: once, for all layers, whatever exits weigh.
     """
     ctx = Context() if ctx is None else ctx
     state = embed(cfg, params, tokens_BxT, ctx)
     if cfg.exits.at and ctx.key is not None:
-        return loss_at_exits(cfg, params, state, ctx, targets_BxT, weights_BxT)
-    state, aux = through(cfg, params, state, ctx)
-    sums = head(cfg, params, state, ctx, targets_BxT, weights_BxT)
-    if aux.tally is None or ctx.key is None:
+        sums, tally = loss_at_exits(cfg, params, state, ctx, targets_BxT, weights_BxT)
+    else:
+        state, aux = through(cfg, params, state, ctx)
+        sums, tally = head(cfg, params, state, ctx, targets_BxT, weights_BxT), aux.tally
+    if tally is None or ctx.key is None:
         return sums
     weights = jnp.ones(tokens_BxT.shape, jnp.float32) if weights_BxT is None else weights_BxT
-    return sums.replace(loss_sum=sums.loss_sum + cfg.feedforward.penalty(cfg, aux.tally, weights))
+    return sums.replace(loss_sum=sums.loss_sum + cfg.feedforward.penalty(cfg, tally, weights))
 
 
-def segments(cfg: ModelConfig, params: Tree, state, ctx: Context, at: tuple[int, ...]) -> list:
-    """The states behind the layers `at` (rising, without the last) and behind the last, without a cache."""
+def segments(cfg: ModelConfig, params: Tree, state, ctx: Context, at: tuple[int, ...]) -> tuple[list, Any]:
+    """The states behind the layers `at` (rising, without the last) and behind the last, without a cache; and what routers
+    counted over all of them (`Aux.tally`)."""
     # One split, whose gradient joins the parts: a slice of each would add up arrays of the size of the stack.
     parts = [jnp.split(leaf, at) for leaf in jax.tree.leaves(params["layers"])]
-    tree, states = jax.tree.structure(params["layers"]), []
+    tree, states, tally = jax.tree.structure(params["layers"]), [], None
     for i, (first, last) in enumerate(zip((0, *at), (*at, cfg.layers), strict=True)):
         own = ctx if ctx.route is None else ctx.replace(route=ctx.route.part(first, last))
-        state, _ = blocks(cfg, jax.tree.unflatten(tree, [part[i] for part in parts]), state, own, first)
+        state, aux = blocks(cfg, jax.tree.unflatten(tree, [part[i] for part in parts]), state, own, first, tally)
         states.append(state)
-    return states
+        tally = aux.tally
+    return states, tally
 
 
-def loss_at_exits(cfg: ModelConfig, params: Tree, state, ctx: Context, targets, weights=None) -> LossSums:
-    """The losses at all exits and at the last layer, joined as `cfg.exits.loss` says.
+def loss_at_exits(cfg: ModelConfig, params: Tree, state, ctx: Context, targets, weights=None) -> tuple[LossSums, Any]:
+    """The losses at all exits and at the last layer, joined as `cfg.exits.loss` says; and what routers counted, of whose
+    budget nothing is in it.
 
     Args:
       state: what `embed` gave.
@@ -359,7 +363,7 @@ def loss_at_exits(cfg: ModelConfig, params: Tree, state, ctx: Context, targets, 
     scheme, at, route = cfg.exits.loss, cfg.exits.at, ctx.route
     if route is not None and route.layers is not None:
         raise ValueError(f"model.exits.at = {at} are places in the stack, and the route names its layers anew")
-    states = segments(cfg, params, state, ctx, at)
+    states, tally = segments(cfg, params, state, ctx, at)
     heads = zip(states, (*at, None), strict=True)
     found = [head(cfg, params, state, ctx, targets, weights, at=layer) for state, layer in heads]
     sums = jnp.stack([one.loss_sum for one in found])
@@ -368,7 +372,7 @@ def loss_at_exits(cfg: ModelConfig, params: Tree, state, ctx: Context, targets, 
     if scheme.distillation:
         teach = partial(distance, cfg, params, states[-1], ctx, weights)
         total += scheme.distillation * sum(teach(state, layer) for state, layer in zip(states[:-1], at, strict=True))
-    return LossSums(total, found[-1].weight_sum, sums)
+    return LossSums(total, found[-1].weight_sum, sums), tally
 
 
 def distance(cfg: ModelConfig, params: Tree, last, ctx: Context, weights, state, at: int):

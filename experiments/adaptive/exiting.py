@@ -52,7 +52,7 @@ def losses(cfg: ModelConfig, params: Any, data: Texts, at: tuple[int, ...]) -> l
     def all_of_them(params):
         def one(batch):
             ctx = Context(batch.positions, batch.segments)
-            states = decoder.segments(cfg, params, decoder.embed(cfg, params, batch.tokens, ctx), ctx, at)
+            states, _ = decoder.segments(cfg, params, decoder.embed(cfg, params, batch.tokens, ctx), ctx, at)
             sums = [
                 decoder.head(cfg, params, state, ctx, batch.targets, batch.weights, at=layer)
                 for state, layer in zip(states, (*at, None), strict=True)

@@ -73,6 +73,14 @@ MODELS = {
     "exits in stages": LLAMA.replace(
         layers=5, dropout=0.1, exits=Exits((1, 2, 4), Adapter(4), EeLlm((0.3, 0.5, 0.7), "cool_down", 4))
     ),
+    "exits, routers": LLAMA.replace(
+        layers=4,
+        feedforward=Duo(small=1 / 8, routing="learned", budget=0.25, strength=10.0),
+        exits=Exits((1,), Adapter(4), Free(0.5)),
+    ),
+    "exits, mixture of depths": LLAMA.replace(
+        layers=4, depth=MixtureOfDepths(capacity=0.3), exits=Exits((2, 3), loss=EeLlm((0.3, 0.5)))
+    ),
     "exits": LLAMA.replace(layers=4, dropout=0.1, exits=Exits((1,), Adapter(4), Free(0.5))),
 }
 # A large epsilon, so that a gradient that is nothing but rounding does not become a step of full size.

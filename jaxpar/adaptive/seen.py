@@ -45,7 +45,7 @@ def seen(
     """
     at, ctx = at or cfg.exits.at, Context()
     start = decoder.embed(cfg, params, tokens_BxT, ctx)
-    states = decoder.segments(cfg, params, start, ctx, at)
+    states, _ = decoder.segments(cfg, params, start, ctx, at)
     xs = [decoder.final_norm(cfg, params, state, layer) for state, layer in zip(states, (*at, None), strict=True)]
     logits = [decoder.logits_of(cfg, params, x, ctx.ops) for x in xs]
     # The embedding behind the first exit's norm, as in decoding.

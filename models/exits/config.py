@@ -48,12 +48,6 @@ class Exits:
                 f"{self.at[0]} those of {cfg.layers - self.at[0]} layers are missing; for exits take an operator whose state "
                 "is whole behind every layer: Plain, HyperConnections, ManifoldHyperConnections, DeepDelta"
             )
-        routers = cfg.feedforward if cfg.feedforward.routed else cfg.depth if cfg.depth.sparse else None
-        if routers is not None:
-            raise ValueError(
-                f"model.exits.at = {self.at} trains the stack in {len(self.at) + 1} parts, and {type(routers).__name__} counts what "
-                f"its routers do over all {cfg.layers} layers; take one of the two"
-            )
         self.loss.check(self.at, cfg.layers)
 
     def check_route(self, route) -> None:

@@ -106,11 +106,6 @@ class Duo(FeedForwardLayer):
                 f"feedforward.small = {self.small} of model.hidden = {cfg.hidden} leaves a small module of "
                 f"{self.hidden(cfg)} units; choose at least {1 / cfg.hidden:.4g}"
             )
-        if self.routing == "learned" and cfg.exits.at:
-            raise ValueError(
-                f"feedforward.routing = 'learned' holds a budget over all layers of a pass, and model.exits.at = "
-                f"{cfg.exits.at} trains parts of them; train routers without exits"
-            )
 
     def check_spread(self, spread: str | None) -> None:
         if self.routing == "learned" and spread is not None:

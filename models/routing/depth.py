@@ -40,6 +40,10 @@ class EveryToken:
         """How many of a row's tokens run in a layer."""
         return tokens
 
+    def present(self, params: dict, x_BxTxD, layer) -> Any:
+        """bool [B, T], which tokens have keys and values in a layer outside of training, by what enters it; None: all."""
+        return None
+
 
 @dataclass(frozen=True)
 class MixtureOfDepths:
@@ -109,6 +113,9 @@ class MixtureOfDepths:
 
     def size(self, layer: int, tokens: int) -> int:
         return math.ceil(self.capacity * tokens) if self.routed(layer) else tokens
+
+    def present(self, params: dict, x_BxTxD, layer) -> Any:
+        return (self.predict(params["depth"], x_BxTxD) > 0) | ~jnp.asarray(self.routed(layer))
 
     def around(self, cfg, params: dict, x_BxTxD, pages, ctx, tables, layer, i, run) -> tuple[Any, Any]:
         """A layer: routed or not.

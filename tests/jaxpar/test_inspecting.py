@@ -110,7 +110,7 @@ def test_behind_an_exit_the_lens_is_what_the_exit_says():
     @jax.jit
     def at_exit(params):
         ctx = context(b)
-        state, _ = decoder.segments(cfg, params, decoder.embed(cfg, params, b.tokens, ctx), ctx, (2,))
+        (state, _), _ = decoder.segments(cfg, params, decoder.embed(cfg, params, b.tokens, ctx), ctx, (2,))
         return decoder.head(cfg, params, state, ctx, b.targets, b.weights, at=2), decoder.head(
             cfg, params, state, ctx, at=2
         )

@@ -51,6 +51,18 @@ def test_an_exit_is_drawn_to_the_last_layer_of_another_stage(mesh, how, devices)
     assert not too_large(found, reference("exits"))
 
 
+@pytest.mark.parametrize(
+    ("model", "how"),
+    [
+        ("exits, routers", PipelineConfig("1f1b", 4)),  # drawn to the last layer too
+        ("exits, mixture of depths", PipelineConfig("zb-v", 4, ticks="mixed", keep="residuals")),
+    ],
+)
+def test_routers_beside_exits_inside_of_stages_are_the_single_device_run(model, how, devices):
+    found = run(MODELS[model], MeshConfig.parse("stage=2"), pipeline=how)
+    assert not too_large(found, reference(model))
+
+
 @pytest.mark.quick
 def test_an_exits_state_crosses_boundaries_only_where_it_is_drawn_to_the_last():
     """In bytes: one more of the operator's wire."""

@@ -1,5 +1,6 @@
 """Exits in training: an exit is the model that ends there; losses are joined as the papers' formulas say, done by hand."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from jaxpar.models.residual.hyper_connections import HyperConnections
 from jaxpar.models.residual.mudd import MuddFormer
 from jaxpar.models.residual.plain import Plain
 from jaxpar.models.route import Route
+from jaxpar.models.routing.depth import MixtureOfDepths
 from jaxpar.models.spec import flatten
 from jaxpar.skipping.config import LayerDrop, LayerSkipDropout
 from jaxpar.skipping.transform import skipping
@@ -155,7 +157,7 @@ def test_free_draws_the_exit_to_the_last_layer_and_not_back():
 
     def apart(params):
         state = decoder.embed(cfg, params, TOKENS, Context())
-        shallow, deep = decoder.segments(cfg, params, state, Context(), (1,))
+        (shallow, deep), _ = decoder.segments(cfg, params, state, Context(), (1,))
         seen = decoder.final_norm(cfg, params, shallow, 1), decoder.final_norm(cfg, params, deep)
         return decoder.distance(cfg, params, deep, Context(), WEIGHTS, shallow, 1), (seen, sums(cfg, params))
 
@@ -167,6 +169,42 @@ def test_free_draws_the_exit_to_the_last_layer_and_not_back():
         assert np.all(kernel[1:] == 0)  # the teacher's layers
         assert np.abs(kernel[0]).max() > 1e-3
     assert np.all(grads["head"]["norm"]["scale"] == 0)
+
+
+@pytest.mark.parametrize(
+    "routers",
+    [
+        {"feedforward": Duo(small=1 / 8, routing="learned", budget=0.25, strength=10.0)},
+        {"depth": MixtureOfDepths(capacity=0.4, predictor=8)},
+    ],
+    ids=["two modules", "mixture of depths"],
+)
+def test_routers_beside_exits_have_their_own_loss_once(routers):
+    """The objective and its gradient as sums over models without exits, that end behind the exit and behind the last layer."""
+    cfg = FOUR.replace(exits=Exits((2,), loss=EeLlm((0.5,))), **routers)
+    params = started(cfg)
+
+    def ended(params, layers):
+        model = cfg.replace(layers=layers, exits=Exits())
+        if layers < 4 and model.feedforward.routed:  # the budget's part is the last layer's, whose weight is 1
+            model = model.replace(feedforward=replace(model.feedforward, strength=0.0))
+        return sums(model, {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}).loss_sum
+
+    objective = lambda p: (lambda s: (s.loss_sum, s.exits))(sums(cfg, p))
+    by_parts = lambda p: 0.5 * ended(p, 2) + ended(p, 4)
+    (total, exits), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    by_hand, expected = jax.jit(jax.value_and_grad(by_parts))(params)
+    np.testing.assert_allclose(total, by_hand, rtol=1e-5)
+    assert (total - exits @ np.array([0.5, 1.0]) > 1.0) == ("feedforward" in routers)
+    if "depth" in routers:
+        # What picks outside of training learns by a loss of its own, which has no weight: once, not once an exit. Both models
+        # beside it have the second layer, and one the fourth.
+        for name in ("up", "down", "bias"):
+            leaf = expected["layers"]["depth"][name]
+            expected["layers"]["depth"][name] = leaf.at[1].divide(2)
+        assert np.abs(leaf[1::2]).min() > 1e-2
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.abs(b).max()))
 
 
 def test_a_curriculum_follows_the_steps_through_accumulation_and_skipped_layers():
@@ -218,7 +256,6 @@ def test_flops_by_hand():
         ({"exits": Exits((1, 9))}, "not behind 9 .there is no such layer"),
         ({"exits": Exits((3, 2))}, r"\(3, 2\) must rise.*\(2, 3\)"),
         ({"residual": MuddFormer()}, "MuddFormer reads a source of every layer, and behind layer 2 those of 2 layers"),
-        ({"feedforward": Duo()}, r"\(2, 3\) trains the stack in 3 parts, and Duo counts .* over all 4 layers"),
         ({"exits": Exits((2, 3), loss=EeLlm((1.0, 1.0, 1.0)))}, "3 numbers for the 2 exits"),
         ({"exits": Exits((1, 3), loss=LayerSkip())}, "LayerSkip's weights are 0 for an exit behind the first layer"),
         ({"exits": Exits((2,), loss=LayerSkip(curriculum="rotational"))}, "period = 2 is longer than the 1 exits"),

@@ -14,7 +14,6 @@ from jaxpar.models import cache as kv
 from jaxpar.models import decoder
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context
-from jaxpar.models.exits.config import Exits
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
 from jaxpar.models.feedforward.duo import BIG, SKIP, SMALL, Duo, Tally, with_routers
 from jaxpar.models.routing import oracle
@@ -204,7 +203,6 @@ def test_the_null_control_is_the_big_model_with_noise_of_a_given_size():
         (lambda: Duo(small=0.0), "small = 0.0"),
         (lambda: Duo(temperature=0.0), "temperature = 0.0 must be above 0"),
         (lambda: CFG.replace(hidden=4, feedforward=Duo(small=1 / 16)), "small module of 0 units"),
-        (lambda: LEARNED.replace(exits=Exits(at=(1,))), r"exits.at = \(1,\)"),
         (lambda: oracle.routes(3, 4), "budget of 4 big modules is outside 0 to the model's 3 layers"),
         (lambda: mesh("sequence=2"), "tokens lie on 2 devices"),
         (lambda: mesh("tensor=2", tensor=TensorConfig("ring")), "products = 'ring'"),
