@@ -32,7 +32,7 @@ from jaxpar.programs.pipeline import PipelineProgram, straight, table_for
 from jaxpar.programs.routes import over_routes
 from jaxpar.programs.sequence import layout_for, settled
 from jaxpar.programs.sequence import loss_fn as sequence_loss
-from jaxpar.programs.tensor import hand_for, training_ops
+from jaxpar.programs.tensor import hand_for, left, training_ops
 from jaxpar.programs.tensor import loss_fn as tensor_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.programs.whole import loss_fn as whole_loss
@@ -122,16 +122,13 @@ def build(
     sequence, note = settled(sequence, cfg, sizes, first.device_kind, on_host, rows=rows, length=length)
     used = dict(pipeline=pipeline if staged else None, sequence=sequence, tensor=tensor, quantise=quantise)
     tree, rules = checked(cfg, sizes, rules, rows=rows, length=length, **used)
-    auto = staged and sizes["tensor"] > 1 and not tensor.by_hand(sizes)
-    apart = not staged and (tensor.by_hand(sizes) or all(n == 1 for a, n in sizes.items() if a != "sequence"))
-    options = dict(sequence=sequence.attention, sequence_alone=apart)
-    check_attention(cfg, mesh, rules, rows, length, left_to_compiler=auto, **options)
+    hand = hand_for(tensor, sizes, tree, rules)
+    check_attention(cfg, mesh, rules, rows, length, left=left(sizes, hand, staged), sequence=sequence.attention)
     param_shardings = shardings(tree, mesh, rules)
     # Tokens are spread by hand where they are spread at all; generation, which knows one token at a time, has them whole.
     ops = Ops(constrain=constrain(mesh, rules.with_activations(length=(), stream=())))
     training = training_ops(replace(ops, attention=Spread(mesh, rules)), tensor, mesh, rules)
     training = training if quantise is None else quantise.ops(training)
-    hand = hand_for(tensor, sizes, tree, rules)
     if staged:
         pipes = PipelineProgram(cfg, mesh, rules, tree, training, pipeline, sequence, tensor)
         loss, gradients = pipes.loss, pipes.gradients

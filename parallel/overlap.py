@@ -3,9 +3,9 @@
 `overlaps(hlo, sizes)` reads the same text as `jaxpar.parallel.collectives.count`. A compiled module is scheduled: a
 collective that can run beside other work is begun on one line and waited for on a later one, and what stands between
 them is what hides it. Counted there are the matrix products (a `dot` or `convolution`, alone or in a fusion, loops
-multiplied out) and, where XLA:TPU wrote them down, its own estimates of the cycles of everything that computes. Copies
-between memories are not counted. What is *not* said is whether that is long enough: it needs a machine, or its
-bandwidths.
+multiplied out; a Pallas kernel is one, for XLA does not look inside) and, where XLA:TPU wrote them down, its own
+estimates of the cycles of everything that computes. Copies between memories are not counted. What is *not* said is
+whether that is long enough: it needs a machine, or its bandwidths.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 from jaxpar.parallel.collectives import Collective, places, read
 from jaxpar.parallel.hlo import Instruction, Module, parse
 
-PRODUCTS = ("dot", "convolution")
+PRODUCTS, KERNEL = ("dot", "convolution"), "tpu_custom_call"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def work(module: Module, one: Instruction) -> tuple[int, int]:
             return max(p for p, _ in branches), max(c for _, c in branches)
         case "call":
             return within(module, one.attribute("to_apply"))
-    products = any(inside.opcode in PRODUCTS for inside in module.fused(one))
+    multiplies = lambda inside: inside.opcode in PRODUCTS or inside.attribute("custom_call_target") == KERNEL
+    products = any(map(multiplies, module.fused(one)))
     estimate = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
     return int(products), int(estimate[1]) if estimate else 0
 

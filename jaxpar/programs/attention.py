@@ -181,21 +181,19 @@ def check_attention(
     rows: int | None,
     length: int | None,
     *,
-    left_to_compiler: bool = False,
+    left: tuple[str, ...] = (),
     sequence: str = "ring",
-    sequence_alone: bool = True,
 ) -> None:
     """Whether the implementation of attention that a model names can do what a program will ask of it. Nothing is traced.
 
     Args:
       rows, length: of the batch. None: one on each device, and the model's context.
-      left_to_compiler: whether the partitioner has the tensor axis inside of a pipeline.
+      left: the axes that the partitioner has inside of the program's `shard_map`, see `jaxpar.programs.tensor.left`.
       sequence: the kind of attention where tokens lie on several devices.
-      sequence_alone: whether no other axis is left to the partitioner there.
 
     Raises:
       ValueError: an implementation that does not run on these devices or with these shapes, heads that do not divide over
-        them; a kernel where tokens lie on several devices and other axes are the compiler's, or where a pipeline leaves heads to it.
+        them; a kernel inside of a pipeline, or where tokens lie on several devices, with axes that are left to the compiler.
     """
     if (name := cfg.attention_implementation) is None:
         return
@@ -223,13 +221,10 @@ def check_attention(
             f'model.attention_implementation = "{name}" is a kernel, and sequence.attention = "rsa" holds whole rows of '
             f'scores; use "xla", or another kind'
         )
-    if kernel and sizes["sequence"] > 1 and not sequence_alone:
+    if kernel and left:
+        where = "where tokens lie on several devices" if sizes["sequence"] > 1 else "inside of a pipeline"
+        fix = 'tensor.products = "gathered"' if "tensor" in left else f"a mesh without {' and '.join(left)}"
         raise ValueError(
-            f'model.attention_implementation = "{name}" is a kernel, which the compiler cannot split, and where tokens lie on '
-            f'several devices (sequence({sizes["sequence"]})) it has the other axes; use "xla", or other axes of the mesh'
-        )
-    if kernel and left_to_compiler:
-        raise ValueError(
-            f'model.attention_implementation = "{name}" is a kernel, which the compiler cannot split over tensor('
-            f'{sizes["tensor"]}) inside of a pipeline; use "xla", or tensor.products = "gathered"'
+            f'model.attention_implementation = "{name}" is a kernel, which the compiler cannot split over '
+            f'{product({a: sizes[a] for a in left})} {where}; use "xla", or {fix}'
         )

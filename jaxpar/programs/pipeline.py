@@ -48,7 +48,8 @@ class PipelineProgram:
     Attributes:
       cfg, mesh, rules: as in `Program`.
       specs: every parameter's `ParamSpec`.
-      ops: the functions that the blocks call; attention is replaced where tokens lie on several devices.
+      ops: the functions that the blocks call; attention is a `jaxpar.programs.attention.Spread`, which is replaced where
+        tokens lie on several devices.
       pipeline, sequence, tensor: what the run says.
     """
 
@@ -81,9 +82,9 @@ class PipelineProgram:
 
     @cached_property
     def manual(self) -> set[str]:
-        """Those, and where rows are whole the axes of one device, over which nothing is gathered or summed: attention's
-        kernels ask for all axes of the mesh."""
-        return set(self.by_hand) | {a for a, size in self.sizes.items() if size == self.sizes[SEQUENCE] == 1}
+        """Those, and the axes of one device, over which nothing is gathered or summed: attention's kernels ask for all axes
+        of the mesh."""
+        return set(self.by_hand) | {a for a, size in self.inside[0].shape.items() if size == 1}
 
     @cached_property
     def spread(self) -> tuple[str, ...]:
@@ -168,7 +169,9 @@ class PipelineProgram:
         rows, tokens = (tuple(a for a in axes if a in self.by_hand) for axes in (self.rows, tokens))
         batch = batch_specs(rows, tokens)
         in_specs = (shared_specs, layer_specs, batch, PartitionSpec(tokens), PartitionSpec(), PartitionSpec())
-        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=self.manual)
+        # The interpreter's loops do not keep account of what differs between devices.
+        options = dict(axis_names=self.manual, check_vma=not self.ops.attention.interpret)
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options)
 
     def arrange(self, batch: Batch) -> tuple[Batch, jax.Array]:
         """The batch with its tokens in stored order, and the place of each in its row."""
@@ -184,7 +187,7 @@ class PipelineProgram:
         if self.sizes[SEQUENCE] > 1:
             tokens = self.inside[1]
             rows = SpreadRows(self.sequence.layout, tokens)
-            ops = replace(ops, attention=local_attention(self.sequence, tokens), rows=rows)
+            ops = replace(ops, attention=local_attention(self.sequence, tokens, ops.attention.interpret), rows=rows)
 
         def context(micro: Batch) -> Context:
             return Context(

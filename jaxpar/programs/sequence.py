@@ -1,5 +1,5 @@
-"""Loss where every device holds a part of each row's tokens: by hand over `sequence`, GSPMD over the other axes (but
-those that a run's products are spread over by hand).
+"""Loss where every device holds a part of each row's tokens: by hand over `sequence` and the batch's axes. Where the tensor
+axis has several devices and products are not by hand, GSPMD has it, and the batch's axes with it.
 
 Nearly everything but attention works on each token alone, so the model runs as it is on a device's own tokens; attention is
 one of `jaxpar.parallel.sequence`, and a residual operator that looks at earlier tokens gets those of other devices by
@@ -157,7 +157,7 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand
 
     Args:
       ops: attention is a `jaxpar.programs.attention.Spread`.
-      hand: further axes to be manual over, and how parameters lie on them.
+      hand: further axes to be manual over, and how parameters lie on them. None: GSPMD has the batch's and tensor's.
     """
     inside, tokens = by_hand(mesh, config)
     interpret = ops.attention.interpret

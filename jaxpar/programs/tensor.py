@@ -1,7 +1,8 @@
 """The tensor axis of a program: what its blocks call, and its loss where products are spread by hand.
 
 By hand over `tensor` then, over the batch's axes, and over `sequence` where tokens lie on several devices: were the batch
-left to the partitioner, it would gather all rows for each gather and scatter of their tokens.
+left to the partitioner, it would gather all rows for each gather and scatter of their tokens. Where tokens lie on several
+devices and `tensor` has one, it is the same by hand: attention's kernels ask for all axes of the mesh.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jaxpar.parallel.rules import Rules, constrain
 from jaxpar.parallel.tensor import gathered
 from jaxpar.parallel.tensor.by_hand import ByHand
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
+from jaxpar.programs.sequence import AXIS as SEQUENCE
 from jaxpar.programs.sequence import batch_specs, local_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
@@ -34,10 +36,15 @@ def training_ops(ops: Ops, config: TensorConfig, mesh: Mesh, rules: Rules) -> Op
     """What blocks call in training: generation, which has one token at a time, keeps `ops`."""
     sizes = dict(mesh.shape)
     if config.by_hand(sizes):
-        return replace(ops, shards=ByHand(sizes[TENSOR], TENSOR, config.products == "ring", config.parts(sizes)))
+        return replace(ops, shards=shards_of(config, sizes))
     if config.products == "sharded":
         return replace(ops, constrain=constrain(mesh, rules.with_activations(length=(), stream=TENSOR)))
     return ops
+
+
+def shards_of(config: TensorConfig, sizes: Mapping[str, int]) -> ByHand:
+    """A device's share of the products."""
+    return ByHand(sizes[TENSOR], TENSOR, config.permutes(sizes), config.parts(sizes))
 
 
 def hand_specs(specs: Tree, rules: Rules, axes: tuple[str, ...]) -> Tree:
@@ -58,17 +65,20 @@ class Hand:
 
     Attributes:
       rows: the batch's axes of more than one device.
+      shards: of the products.
       specs: every parameter's `ParamSpec`.
       rules: as in `jaxpar.program.Program`.
     """
 
     rows: tuple[str, ...]
+    shards: ByHand
     specs: Tree
     rules: Rules
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return (*self.rows, TENSOR)
+        """Those of several devices."""
+        return (*self.rows, TENSOR) if self.shards.shards > 1 else self.rows
 
     @property
     def params(self) -> Tree:
@@ -77,7 +87,7 @@ class Hand:
 
     def ops(self, ops: Ops) -> Ops:
         """With products that gather their kernels themselves."""
-        return replace(ops, shards=replace(ops.shards, over=self.over("embed")))
+        return replace(ops, shards=replace(self.shards, over=self.over("embed")))
 
     def gather(self, params: Tree) -> Tree:
         """Whole along the batch's axes, but for what products gather: the width of layers' kernels."""
@@ -97,10 +107,21 @@ class Hand:
 
 
 def hand_for(config: TensorConfig, sizes: Mapping[str, int], specs: Tree, rules: Rules) -> Hand | None:
-    """None: the partitioner has the tensor axis."""
-    if not config.by_hand(sizes):
+    """None: the partitioner has the batch's axes and the tensor axis, or rows and products are whole."""
+    if not config.by_hand(sizes) and (sizes[SEQUENCE] == 1 or sizes[TENSOR] > 1):
         return None
-    return Hand(tuple(a for a in rules.mesh_axes("batch", "activations") if sizes[a] > 1), specs, rules)
+    rows = tuple(a for a in rules.mesh_axes("batch", "activations") if sizes[a] > 1)
+    return Hand(rows, shards_of(config, sizes), specs, rules)
+
+
+def left(sizes: Mapping[str, int], hand: Hand | None, staged: bool) -> tuple[str, ...]:
+    """The axes of several devices that the partitioner has inside of the `shard_map` of a pipeline, or of tokens that lie on
+    several devices."""
+    if not staged and sizes[SEQUENCE] == 1:
+        return ()
+    ours = set(sizes) - {TENSOR} if staged else {SEQUENCE}
+    ours.update(() if hand is None else hand.axes)
+    return tuple(a for a, size in sizes.items() if size > 1 and a not in ours)
 
 
 def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, hand: Hand) -> Loss:

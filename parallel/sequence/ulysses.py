@@ -29,6 +29,7 @@ def ulysses_attention(
     axis: str,
     cap: float | None = None,
     implementation: str | None = None,
+    interpret=False,
 ):
     """As `ring.ring_attention`, by exchanging heads. Rows are put in their own order before the attention, so it needs
     no layout other than the contiguous one; the others are there for programs that mix kinds.
@@ -42,7 +43,8 @@ def ulysses_attention(
     def whole_rows(q, k, v, mask):
         q, k, v = (order.restore(x) for x in (q, k, v))
         mask = mask.replace(**{name: order.restore(x) for name, x in _arrays(mask).items()})
-        out, lse = attention(q, k, v, mask=mask, scale=scale, cap=cap, lse_out=True, implementation=implementation)
+        options = dict(scale=scale, cap=cap, implementation=implementation, interpret=interpret)
+        out, lse = attention(q, k, v, mask=mask, lse_out=True, **options)
         return order.arrange(out), order.arrange(lse, axis=2)
 
     return _around(whole_rows, axis, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, mask)
@@ -60,6 +62,7 @@ def hybrid_attention(
     cap: float | None = None,
     both_ways: bool = False,
     implementation: str | None = None,
+    interpret=False,
 ):
     """As `ring.ring_attention`, over `axis = (ring axis, Ulysses axis)`, the ring's being the outer one.
 
@@ -68,7 +71,7 @@ def hybrid_attention(
     outer, inner = axis
 
     def ring(q, k, v, mask):
-        options = dict(scale=scale, cap=cap, both_ways=both_ways, implementation=implementation)
+        options = dict(scale=scale, cap=cap, both_ways=both_ways, implementation=implementation, interpret=interpret)
         return ring_attention(q, k, v, mask=mask, layout=layout, axis=outer, **options)
 
     return _around(ring, inner, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, mask)

@@ -20,7 +20,7 @@ class ByHand:
     Each kernel's heads, hidden units or ids lie over the axis, and so do the stream's tokens: S = T / shards.
 
     Attributes:
-      shards: devices along the axis.
+      shards: devices along the axis. One has all tokens and kernels, but for their width (`over`).
       axis: its name.
       rings: layers multiply in ring steps (`ring`); else they gather and scatter (`gathered`). The embedding and the
         loss's chunks gather and scatter in either: they stand alone, with no product beside them to hide behind, and a
@@ -61,7 +61,7 @@ class ByHand:
         return vocabulary.first_id(rows, self.axis)
 
     def total(self, x):
-        return jax.lax.psum(x, self.axis)
+        return x if self.shards == 1 else jax.lax.psum(x, self.axis)
 
     def largest(self, x):
-        return jax.lax.pmax(x, self.axis)
+        return x if self.shards == 1 else jax.lax.pmax(x, self.axis)

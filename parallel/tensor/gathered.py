@@ -8,6 +8,8 @@ keeps its own tokens for the backward pass and gathers again, as there.
 Where kernels lie over further axes (`over`, FSDP), a product gathers them, forward and again backward, and scatters their
 gradients: nothing of them is kept but a device's own part.
 
+Along an axis of one device nothing is sent, and nothing is in the program for it.
+
 Letters: t devices of the axis, S tokens of a device between branches, T = t·S.
 """
 
@@ -24,18 +26,25 @@ TOKENS = 1
 """The dimension of an activation that its tokens are."""
 
 
+def alone(axis: str) -> bool:
+    """Whether it has one device. A sum over that one would be a copy."""
+    return jax.lax.axis_size(axis) == 1
+
+
 def gather(x, axis: str):
     """[B, S, ...] of each device -> [B, T, ...], in the devices' order."""
-    return jax.lax.all_gather(x, axis, axis=TOKENS, tiled=True)
+    return x if alone(axis) else jax.lax.all_gather(x, axis, axis=TOKENS, tiled=True)
 
 
 def scatter(x, axis: str):
     """[B, T, ...] -> [B, S, ...]: this device's tokens, summed over the devices."""
-    return jax.lax.psum_scatter(x, axis, scatter_dimension=TOKENS, tiled=True)
+    return x if alone(axis) else jax.lax.psum_scatter(x, axis, scatter_dimension=TOKENS, tiled=True)
 
 
 def own(x, axis: str):
     """[B, T, ...] -> [B, S, ...]: this device's tokens."""
+    if alone(axis):
+        return x
     n = x.shape[TOKENS] // jax.lax.axis_size(axis)
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * n, n, axis=TOKENS)
 

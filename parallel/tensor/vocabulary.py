@@ -10,12 +10,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxpar.parallel.tensor.gathered import scatter
+from jaxpar.parallel.tensor.gathered import alone, scatter
 
 
 def first_id(rows: int, axis: str):
     """The id that the first of this device's rows stands for, where each has as many."""
-    return rows * jax.lax.axis_index(axis)
+    return 0 if alone(axis) else rows * jax.lax.axis_index(axis)
 
 
 def lookup(table_VxD, tokens_BxT, axis: str):
@@ -24,6 +24,8 @@ def lookup(table_VxD, tokens_BxT, axis: str):
     Args:
       tokens_BxT: the ids of all tokens, the same on every device.
     """
+    if alone(axis):
+        return table_VxD[tokens_BxT]
     V = table_VxD.shape[0]
     ids = tokens_BxT - first_id(V, axis)
     here = (ids >= 0) & (ids < V)

@@ -11,9 +11,11 @@ from jaxpar.parallel.topology import installed
 from tests.processes import start
 
 STEPS = (
-    # What None chooses for a TPU, and a name inside of a pipeline whose axes are all by hand.
+    # What None chooses for a TPU, and a name inside of a pipeline whose axes are all by hand; each with tokens on a ring too.
     ("v5e:2x2", "data=2,tensor=2", "whole", None),
+    ("v5e:2x2", "fsdp=2,sequence=2", "whole", None),
     ("v5e:2x4", "data=2,stage=2,tensor=2", "gathered", "mosaic_tpu"),
+    ("v5e:2x2", "stage=2,sequence=2", "whole", None),
 )
 LENGTH, HEADS, SIZE = 512, 8, 16
 

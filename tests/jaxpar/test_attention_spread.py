@@ -1,6 +1,7 @@
 """Attention kernels on a mesh of several devices: equal to one device, and what is refused."""
 
-from functools import partial
+import re
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(program, "Spread", partial(Spread, interpret=True))
 
 
-def gradients(name: str, mesh: str):
-    built = build(CFG.replace(attention_implementation=name), mesh_of(mesh), SHARED, rows=ROWS, length=LENGTH)
+def gradients(name: str, mesh: str, attention: str = "ring"):
+    cfg, kind = CFG.replace(attention_implementation=name), SequenceConfig(attention, layout="contiguous")
+    built = build(cfg, mesh_of(mesh), SHARED, rows=ROWS, length=LENGTH, sequence=kind)
     rng = np.random.default_rng(0)
     tokens = lambda: rng.integers(0, 16, (ROWS, LENGTH)).astype(np.int32)
     # Two documents and padding.
@@ -47,17 +49,33 @@ def gradients(name: str, mesh: str):
     weights = (segments > 0).astype(np.float32)
     batch = Batch(tokens(), tokens(), weights, positions, segments, np.arange(ROWS, dtype=np.int32))
     batch = jax.device_put(batch, built.batch_sharding)
-    found = jax.jit(lambda *x: built.grad_fn(*x[:2], None, x[2]))(
-        built.init(jax.random.key(0)), batch, jax.random.key(1)
-    )
-    return jax.device_get((found.loss_sum, found.grads))
+    args = built.init(jax.random.key(0)), batch, jax.random.key(1)
+    run = jax.jit(lambda *x: built.grad_fn(*x[:2], None, x[2])).trace(*args)
+    found = run.lower().compile()(*args)
+    kernels = set(re.findall(r"name=attention_(forward|backward_\w)\b", str(run.jaxpr)))
+    return jax.device_get((found.loss_sum, found.grads)), kernels
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "sequence=2"])
-def test_the_kernel_on_several_devices_is_xla_on_one(interpreted, mesh):
-    """Rows over data and fsdp, heads over tensor, one key/value head for two devices; and the blocks of a ring, forward and
-    backward, where the tokens' axis is the only one of several devices."""
-    (loss, grads), (kernel_loss, kernel_grads) = gradients("xla", "data=1"), gradients("mosaic_tpu", mesh)
+@cache
+def on_one_device():
+    return gradients("xla", "data=1")[0]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "attention"),
+    [
+        ("data=2,fsdp=2,tensor=2", "ring"),
+        ("data=2,fsdp=2,sequence=2", "ring"),
+        ("data=2,sequence=2", "ulysses"),
+        ("stage=2,sequence=2", "ring"),
+        ("stage=2,sequence=2", "hybrid"),  # whose ring has one device
+    ],
+)
+def test_the_kernel_on_several_devices_is_xla_on_one(interpreted, mesh, attention):
+    """Rows over data and fsdp, heads over tensor, one key/value head for two devices; tokens beside rows, and in stages, where
+    a hybrid has two axes in place of one; forwards and backwards."""
+    ((kernel_loss, kernel_grads), kernels), (loss, grads) = gradients("mosaic_tpu", mesh, attention), on_one_device()
+    assert kernels == {"forward", "backward_q", "backward_k"}
     np.testing.assert_allclose(kernel_loss, loss, rtol=1e-6)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(kernel_grads), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=3e-6 * max(np.abs(one).max(), 1e-3))
@@ -84,14 +102,14 @@ def test_rows_and_heads_that_do_not_divide_are_said():
 @pytest.mark.quick
 def test_kernels_are_refused_where_the_compiler_would_split_them(interpreted):
     cfg = CFG.replace(attention_implementation="mosaic_tpu", kv_heads=2)
+    fix = r"use \"xla\", or tensor.products = \"gathered\""
     for mesh, words in (
-        ("data=2,sequence=2", r"tokens lie on several devices \(sequence\(2\)\)"),
-        (
-            "stage=2,tensor=2",
-            r"split over tensor\(2\) inside of a pipeline; use \"xla\", or tensor.products = \"gathered\"",
-        ),
+        ("data=2,sequence=2,tensor=2", rf"data\(2\) × tensor\(2\) where tokens lie on several devices; {fix}"),
+        ("stage=2,tensor=2", rf"split over tensor\(2\) inside of a pipeline; {fix}"),
     ):
         with pytest.raises(ValueError, match=words):
             build(cfg, mesh_of(mesh), rows=ROWS, length=LENGTH)
     with pytest.raises(ValueError, match=r'"rsa" holds whole rows of scores; use "xla", or another kind'):
         build(cfg, mesh_of("sequence=2"), rows=ROWS, length=LENGTH, sequence=SequenceConfig("rsa"))
+    with pytest.raises(ValueError, match=r"split over stage\(2\) where tokens lie .* or a mesh without stage"):
+        build(cfg, mesh_of("stage=2,sequence=2"), rows=ROWS, length=LENGTH, staged=False)

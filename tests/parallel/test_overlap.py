@@ -91,6 +91,14 @@ def test_pairs_and_loops():
     assert [(c.op, c.times) for c in counted.collectives] == [(s[0], s[1]) for s in seen(PAIRS)]
 
 
+def test_a_kernel_is_a_product():
+    """In place of the fusion beside the permute in the loop; another custom call is none."""
+    fused = f"fusion(%x, %x), kind=kOutput, calls=%product, {CYCLES % 100}"
+    for target, products in (("tpu_custom_call", 1), ("Sharding", 0)):
+        text = PAIRS.replace(fused, f'custom-call(%x, %x), custom_call_target="{target}"')
+        assert seen(text)[-1] == ("collective-permute", 3, "pair", products, 7)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
