@@ -2,7 +2,7 @@
 
 A block has one key/value head of one row and one split of the row's steps. One warpgroup feeds: it copies the keys and
 values of each step into shared memory as places get free. Two compute, every other step each, with a softmax of their own as
-it comes; their sums are merged with the other splits' (`merging`). A step's keys and values are used once, so that bytes
+it comes; their sums are merged with the other splits' (`attention.merging`). A step's keys and values are used once, so that bytes
 bound this: the few queries that share a head are padded to the matrix unit's 64 rows, which costs no bytes, and the unit's
 time for them is below that of the copies. What the rows behind the queries hold is not defined, and no matter: a row of a
 product is one of the queries alone.

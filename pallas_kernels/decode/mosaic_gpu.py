@@ -2,7 +2,7 @@
 
 The grid is key/value heads x splits x rows. Which steps a row needs follows from its length and the window; the others are
 neither copied nor computed. A page table is read where a copy's address is made. Each warpgroup's part of a row is written
-with its log-sum-exp, and parts are merged by those (`merging`).
+with its log-sum-exp, and parts are merged by those (`jaxpar.pallas_kernels.attention.merging`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.pallas_kernels import gpu, versions
+from jaxpar.pallas_kernels.attention.merging import merge
 from jaxpar.pallas_kernels.decode import gpu_kernel
 from jaxpar.pallas_kernels.decode.gpu_kernel import COMPUTE, Settings
-from jaxpar.pallas_kernels.decode.merging import merge
 from jaxpar.pallas_kernels.decode.mosaic_tpu import MOST_QUERIES, kept_name, most_blocks, needed
 from jaxpar.pallas_kernels.formats.elements import Int
 from jaxpar.pallas_kernels.formats.quantised import Quantised

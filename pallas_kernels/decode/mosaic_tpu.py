@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxpar.pallas_kernels import versions
-from jaxpar.pallas_kernels.decode.merging import merge
+from jaxpar.pallas_kernels.attention.merging import merge
 from jaxpar.pallas_kernels.decode.tpu_kernel import Settings, decode
 from jaxpar.pallas_kernels.formats.elements import Int
 from jaxpar.pallas_kernels.formats.quantised import Quantised

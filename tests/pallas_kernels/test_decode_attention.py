@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxpar.pallas_kernels import versions
 from jaxpar.pallas_kernels.attention import MaskSpec, attention
-from jaxpar.pallas_kernels.decode import DECODE_ATTENTION, decode_attention, merge, mosaic_tpu
+from jaxpar.pallas_kernels.attention.merging import merge
+from jaxpar.pallas_kernels.decode import DECODE_ATTENTION, decode_attention, mosaic_tpu
 from jaxpar.pallas_kernels.decode.tpu_kernel import Settings
 from jaxpar.pallas_kernels.decode.xla import decode_xla
 from jaxpar.pallas_kernels.formats.quantised import quantise

@@ -5,7 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxpar.pallas_kernels.decode import merging, mosaic_tpu, tpu_kernel
+from jaxpar.pallas_kernels.attention import merging
+from jaxpar.pallas_kernels.decode import mosaic_tpu, tpu_kernel
 from tests.pallas_kernels.attention_cases import errors
 from tests.pallas_kernels.decode_cases import Case, arguments, call, poisoned, truth
 from tests.pallas_kernels.test_attention_mutants import load
@@ -34,7 +35,7 @@ MUTANTS = (
     (mosaic_tpu, "x.scales[layer]", "x.scales[0]"),
     (mosaic_tpu, "n % heads // (heads // G)", "n % heads % G"),
     (mosaic_tpu, "queries - window + 1, 0)", "queries - window + 9, 0)"),
-    (merging, "outs * (shares / whole)", "outs * (1 / whole)"),
+    (merging, "return each / whole", "return 1 / whole + 0 * each"),
 )
 
 
