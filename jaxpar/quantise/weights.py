@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.errors import UserError
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
-from jaxpar.pallas_kernels import formats
+from jaxpar.pallas_kernels import formats, versions
 
 if TYPE_CHECKING:
     from jaxpar.models.context import Ops
@@ -58,7 +58,8 @@ class QuantisedWeights:
                     )
 
     def apply(self, cfg: ModelConfig, params: Tree) -> Tree:
-        """The parameters with kernels as `Quantised` [L, K, ...], K being all that a product sums over.
+        """The parameters with kernels as `Quantised` [L, K, ...], K being all that a product sums over; on GPUs they lie in
+        memory as products of two operands in 8 bits take them (`formats.laid_along`).
 
         Raises:
           UserError: see `check`; ValueError: NaN or infinity in a kernel.
@@ -79,9 +80,19 @@ class QuantisedWeights:
         kernel = entry["kernel"]
         flat = kernel.reshape(kernel.shape[0], -1, *kernel.shape[1 + contract :])
         try:
-            return {**entry, "kernel": formats.quantise(flat, self.weights, axis=1, stacked=1)}
+            found = formats.quantise(flat, self.weights, axis=1, stacked=1)
         except ValueError as error:
             raise ValueError(f"layers/{branch}/{name}/kernel: {error}") from None
+        laid = self.eight and "cuda" in versions.platforms()
+        return {**entry, "kernel": formats.laid_along(found, stacked=1) if laid else found}
+
+    @property
+    def eight(self) -> bool:
+        """Whether codes of 8 bits are multiplied with each other: scales, of rows or tensors, are behind the sum."""
+        if self.activations is None:
+            return False
+        both = [formats.get(name) for name in (self.weights, self.activations)]
+        return all(fmt.stored_bits == 8 and not isinstance(fmt.block, int) for fmt in both)
 
     def ops(self, ops: Ops) -> Ops:
         """With products that round activations, and the cache's format."""

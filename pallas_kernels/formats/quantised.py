@@ -110,12 +110,16 @@ def _dequantise(q: Quantised, dtype) -> jax.Array:
     return _unscaled(values, q.scales, q.tensor, q.format, q.axis).astype(dtype)
 
 
-def laid_along(q: Quantised) -> Quantised:
+def laid_along(q: Quantised, stacked: int = 0) -> Quantised:
     """The same array, the quantised dimension innermost in memory, in each array's own sharding.
 
     Hopper's matrix units take both operands of an 8-bit product so; weights [K, N] that were quantised along K and lie as JAX
     lays arrays are transposed at every call. A compiled function takes arguments as they lie, and what is computed from them
     lies as JAX lays arrays again: weights that stay are to be laid once, outside of it.
+
+    Args:
+      stacked: leading dimensions of which a loop takes one index at a time (a stack of layers [L, K, N]). They lie next to the
+        quantised one, [N, L, K], where XLA puts them for such a loop: a stack that lies otherwise it copies first, whole.
 
     Raises:
       ValueError: q is traced: inside of a compiled function only XLA says how an array lies.
@@ -124,9 +128,14 @@ def laid_along(q: Quantised) -> Quantised:
         raise ValueError(
             "laid_along takes arrays in memory, and this one is traced; lay it before the compiled function"
         )
-    order = [dim for dim in range(q.ndim) if dim != q.ndim + q.axis]
-    layout = Layout((*order, q.ndim + q.axis))
+    layout = layout_along(q.ndim, q.axis, stacked)
     return jax.tree.map(lambda leaf: jax.device_put(leaf, ArrayFormat(layout, leaf.sharding)), q)
+
+
+def layout_along(ndim: int, axis: int, stacked: int = 0) -> Layout:
+    """How `laid_along` lays an array of so many dimensions that is quantised along `axis` (negative)."""
+    along = ndim + axis
+    return Layout((*(dim for dim in range(stacked, ndim) if dim != along), *range(stacked), along))
 
 
 def split(q: Quantised, dtype) -> tuple[jax.Array, jax.Array | None]:

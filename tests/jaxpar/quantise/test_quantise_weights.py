@@ -13,6 +13,7 @@ from jaxpar.models.context import Ops
 from jaxpar.models.feedforward.dense import MLP
 from jaxpar.models.norms import LayerNorm
 from jaxpar.models.positions import Learned
+from jaxpar.pallas_kernels import versions
 from jaxpar.pallas_kernels.formats import Quantised, dequantise
 from jaxpar.quantise.choose import parse
 from jaxpar.quantise.fmpq import Fmpq
@@ -52,6 +53,21 @@ def test_activations_are_rounded_too():
     exact = logits(None)
     off = {n: np.linalg.norm(logits(parse(n)) - exact) / np.linalg.norm(exact) for n in ("w8a16", "w8a8", "w4g32a4")}
     assert 1e-4 < off["w8a16"] < off["w8a8"] < 0.1 < off["w4g32a4"] < 1
+
+
+def test_weights_lie_on_gpus_as_products_of_eight_bits_take_them(monkeypatch):
+    """Where activations have 8 bits too; tokens are what they are elsewhere."""
+    params = jax.jit(decoder.init, static_argnums=0)(LLAMA, jax.random.key(0))
+    how = parse("w8a8")
+    here = how.apply(LLAMA, params)
+    monkeypatch.setattr(versions, "platforms", lambda: ("cpu", "cuda"))
+    laid, alone = how.apply(LLAMA, params), parse("w8a16").apply(LLAMA, params)
+    monkeypatch.undo()
+    order = lambda p, name: p["layers"]["attention"][name]["kernel"].codes.format.layout.major_to_minor
+    assert [order(laid, name) for name in ("query", "out")] == [(2, 3, 0, 1), (2, 0, 1)]
+    assert {order(p, "query") for p in (here, alone)} == {(0, 1, 2, 3)}
+    generate = lambda p: generation.generate(LLAMA, p, PROMPTS, new_tokens=12, ops=how.ops(Ops()))
+    assert generate(laid) == generate(here)
 
 
 @pytest.mark.quick

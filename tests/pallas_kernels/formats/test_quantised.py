@@ -398,5 +398,8 @@ def test_laid_along_is_the_same_array_with_its_quantised_dimension_innermost():
     compiled = jax.jit(formats.dequantise).lower(laid).compile()
     assert compiled.input_formats[0][0].codes.layout.major_to_minor == (0, 2, 1)
     np.testing.assert_array_equal(compiled(laid), formats.dequantise(q))
+    stack = formats.laid_along(q, stacked=1)
+    assert stack.codes.format.layout.major_to_minor == (2, 0, 1)
+    np.testing.assert_array_equal(formats.dequantise(stack), formats.dequantise(q))
     with pytest.raises(ValueError, match="takes arrays in memory, and this one is traced; lay it before"):
         jax.jit(formats.laid_along)(q)

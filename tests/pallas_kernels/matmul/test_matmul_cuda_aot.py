@@ -91,6 +91,32 @@ def laid() -> tuple[int, int]:
     return tuple(found)
 
 
+LAYERS = 3
+
+
+def stacked() -> tuple[int, int]:
+    """Bytes that a loop over layers of W8A8 takes beside its arguments, weights as JAX lays them, and as `laid_along` does."""
+    import jax
+    from jax.experimental.layout import Format
+
+    from jaxpar.pallas_kernels.formats import get, quantise
+    from jaxpar.pallas_kernels.formats.quantised import layout_along
+    from jaxpar.pallas_kernels.matmul import Operands, quant_matmul
+
+    there = jax.sharding.NamedSharding(cuda_target.mesh(), jax.sharding.PartitionSpec())
+    w = jax.eval_shape(lambda w: quantise(w, "int8_row", 1, stacked=1), jax.ShapeDtypeStruct((LAYERS, K, K), "float32"))
+    x = jax.ShapeDtypeStruct((16, K), "bfloat16", sharding=there)
+    layer = lambda x, w: (quant_matmul(x, w, Operands(get("int8_row"))).astype(x.dtype), None)
+    found = []
+    for how in (there, Format(layout_along(w.ndim, w.axis, stacked=1), there)):
+        put = jax.tree.map(lambda x, how=how: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how), w)
+        with jax.sharding.use_abstract_mesh(cuda_target.mesh().abstract_mesh):
+            run = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0]).trace(x, put)
+            done = run.lower(lowering_platforms=("cuda",)).compile()
+        found.append(done.memory_analysis().temp_size_in_bytes)
+    return tuple(found)
+
+
 @cuda_target.needs_compiler
 def test_every_row_of_the_tables_compiles_without_spills(tmp_path):
     """In a process of its own: JAX has started with CPU devices in this one."""
@@ -104,6 +130,10 @@ def test_every_row_of_the_tables_compiles_without_spills(tmp_path):
     made = json.loads(file.read_text())
     # A byte a weight, for its transposition; nothing of weights that lie along K already.
     assert made["laid"] == [K * N, 0]
+    # A copy of the whole stack, and none where it lies as XLA takes slices of it.
+    copied, taken = made["stacked"]
+    assert copied - taken > 0.9 * LAYERS * K * K
+    assert taken < 2 * K * K
     for n, (case, found) in enumerate(zip(CASES + 2 * FEW_ROWS, made["cases"], strict=True)):
         rows, inputs, weights, _, product = case
         # Another one quantises x.
@@ -128,4 +158,4 @@ def test_every_row_of_the_tables_compiles_without_spills(tmp_path):
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps({"cases": compiled(), "laid": laid()}))
+    Path(sys.argv[1]).write_text(json.dumps({"cases": compiled(), "laid": laid(), "stacked": stacked()}))
