@@ -204,12 +204,7 @@ def checked(
     tensor.check(sizes, rows=at_a_time, over=over, length=length)
     if quantise is not None:
         quantise.check(cfg, sizes, tensor, length)
-    spread = {
-        f"tokens lie on {sizes['sequence']} devices": sizes["sequence"] > 1,
-        f"products are spread by hand (tensor.products = {tensor.products!r})": tensor.by_hand(sizes),
-    }
-    for part in (cfg.feedforward, cfg.depth):
-        part.check_spread(next((how for how, so in spread.items() if so), None))
+    cfg.depth.check_spread(sizes["sequence"], tensor.permutes(sizes))
     if pipeline is not None:
         placement = straight(sizes["stage"])
         if cfg.depth.sparse and pipeline.executor == "autodiff":

@@ -67,6 +67,11 @@ def unconstrained(x, axes: tuple[str | None, ...]):
     return x
 
 
+def at_hand(sums):
+    """The sums over rows that are whole: as they are."""
+    return sums
+
+
 @dataclass(frozen=True)
 class Ops:
     """The functions that a block calls: the one way in for sequence parallelism, quantised matmuls and shardings.
@@ -79,6 +84,7 @@ class Ops:
         mesh.
       shards: what of tokens, kernels and vocabulary is at hand, see `jaxpar.models.shards`.
       rows: where the tokens of a row lie, see `jaxpar.models.rows`.
+      whole_row: (sums over the tokens at hand) -> over all tokens of their rows, where those lie on several devices.
       cache: the number format that generation keeps keys and values in. None: the compute dtype.
     """
 
@@ -88,6 +94,7 @@ class Ops:
     constrain: Callable = unconstrained
     shards: Whole = Whole()
     rows: Rows = Rows()
+    whole_row: Callable = at_hand
     cache: str | None = None
 
     def columns(self, x_BxSxD, kernels: Sequence) -> list:

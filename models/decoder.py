@@ -33,6 +33,7 @@ from jaxpar.models.routing import skip
 from jaxpar.models.routing.record import Record
 from jaxpar.models.shards import cut, join
 from jaxpar.models.spec import Normal, ParamSpec
+from jaxpar.pallas_kernels.varying import alike
 
 Tree = Any
 
@@ -169,7 +170,7 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, 
     known = isinstance(first_layer, int | np.integer)
     layers_n = (np if known else jnp).arange(n) + first_layer if route.layers is None else route.layers
     kinds_n = layers.kinds_of(cfg, layers_n)
-    pages = pages_of(cfg, ctx, tables, tally)
+    pages = pages_of(cfg, ctx, tables, states, tally)
 
     def layer(kind, params, state, pages, number, i):
         state, pages = layers.side_by_side(cfg, params, state, pages, contexts, tables, number, i, kind)
@@ -205,13 +206,16 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, 
     return state, Aux(cache, pages.record, pages.tally)
 
 
-def pages_of(cfg: ModelConfig, ctx: Context, tables: list, tally=None) -> Pages | None:
+def pages_of(cfg: ModelConfig, ctx: Context, tables: list, states, tally=None) -> Pages | None:
     """What goes from layer to layer beside the state; None where nothing does."""
     shape = tables[0].positions.shape
     if ctx.cache is not None:
         pages = Pages(ctx.cache.k, ctx.cache.v, ctx.cache.there, ctx.cache.behind)
     else:
-        pages = Pages(tally=cfg.feedforward.tally(cfg, ctx, shape) if tally is None else tally)
+        if tally is None:
+            tally = cfg.feedforward.tally(cfg, ctx, shape[0] * len(tables))
+        # What is counted differs between devices as the states do that are counted.
+        pages = Pages(tally=tally if tally is None else alike(states, tally)[1])
     if ctx.skip is not None:
         skip.check(ctx.skip.policy, cfg)
         pages = pages.replace(record=Record.start(cfg, *shape))
@@ -332,7 +336,7 @@ def loss(cfg: ModelConfig, params: Tree, tokens_BxT, targets_BxT, weights_BxT=No
     if tally is None or ctx.key is None:
         return sums
     weights = jnp.ones(tokens_BxT.shape, jnp.float32) if weights_BxT is None else weights_BxT
-    return sums.replace(loss_sum=sums.loss_sum + cfg.feedforward.penalty(cfg, tally, weights))
+    return sums.replace(loss_sum=sums.loss_sum + cfg.feedforward.penalty(cfg, tally, ctx, weights))
 
 
 def segments(cfg: ModelConfig, params: Tree, state, ctx: Context, at: tuple[int, ...]) -> tuple[list, Any]:

@@ -16,6 +16,7 @@ from jaxpar.models.context import Context, dropout
 from jaxpar.models.positions import Rope, rotate, turns
 from jaxpar.models.residual.base import Streams
 from jaxpar.models.routing import skip
+from jaxpar.models.shards import cut, join
 from jaxpar.models.spec import Constant, Normal, ParamSpec
 from jaxpar.pallas_kernels.attention import ATTENTION_LSE, ATTENTION_OUT, MaskSpec
 from jaxpar.pallas_kernels.decode import MOST_QUERIES
@@ -176,7 +177,9 @@ def attention_branch(
         if tables.index is not None:
             mask = mask.replace(q_index=tables.index, k_index=tables.index)
         if ctx.present is not None:
-            index_BxT = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
+            index_BxT = tables.index
+            if index_BxT is None:
+                index_BxT = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
             mask = mask.replace(q_index=index_BxT, k_index=jnp.where(ctx.present, index_BxT, FULL))
     else:
         pages = cached(pages, k, v, ctx, i, tables.slots)
@@ -282,11 +285,14 @@ def whole(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Ta
 
 
 def side_by_side(cfg: ModelConfig, params: Tree, state, pages, contexts: list[Context], tables: list, layer, i, kind):
-    """`block` on each of the parts that rows go in: no part waits for what another sends."""
-    if len(contexts) == 1:
+    """`block` on each of the parts that rows go in: no part waits for what another sends. Of pages they have what is counted
+    alone."""
+    if (parts := len(contexts)) == 1:
         return block(cfg, params, state, pages, contexts[0], tables[0], layer, i, kind)
-    run = lambda state, ctx, tables: block(cfg, params, state, pages, ctx, tables, layer, i, kind)[0]
-    return tuple(run(*part) for part in zip(state, contexts, tables, strict=True)), pages
+    own = [None] * parts if pages is None else cut(pages, parts)
+    run = lambda *part: block(cfg, params, *part, layer, i, kind)
+    states, own = zip(*(run(*part) for part in zip(state, own, contexts, tables, strict=True)), strict=True)
+    return states, pages if pages is None else jax.tree.map(lambda *rows: join(rows), *own)
 
 
 def committed(cfg: ModelConfig, state, layer, parts: int = 1):

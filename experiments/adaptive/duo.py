@@ -170,7 +170,7 @@ def routed(cfg, params, data, options, budget: float, held_out, mean, key) -> di
     def evaluate(router):
         state, aux = decoder.through(cfg, with_router(router), decoder.embed(cfg, params, tokens, Context()), Context())
         logits = decoder.head(cfg, params, state, Context())
-        return oracle.token_losses(logits, targets), jnp.mean(aux.tally.big / aux.tally.layers)
+        return oracle.token_losses(logits, targets), jnp.mean(aux.tally.big / aux.tally.tokens)
 
     losses, share = evaluate(router)
     return {"router": mean(losses), "router, share": float(share)}

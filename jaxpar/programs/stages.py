@@ -1,6 +1,6 @@
 """The model as the parts of a pipeline: what enters, a stage's layers, the loss, and the exits that lie inside of stages.
 
-What crosses a boundary is the residual operator's wire, and beside it what routers counted so far (`Tally`: a number a row),
+What crosses a boundary is the residual operator's wire, and beside it what routers counted so far (`Tally`: two numbers a row),
 for their budget is held over all layers and its loss is taken behind the last. Losses at exits send nothing, see
 `jaxpar.parallel.pipeline.execute`. A distance of an exit's state from the last layer's (FREE's distillation) needs both in one
 place: then the exit's wire travels beside the stream's to the last stage, zeros until the exit, and the gradient comes back by
@@ -81,7 +81,7 @@ def parts_of(cfg: ModelConfig, split: Split, context: Callable[[Batch], Context]
         ctx = context(micro)
         wire = decoder.to_wire(cfg, decoder.embed(cfg, shared, micro.tokens, ctx), ctx)
         kept = jax.tree.map(jnp.zeros_like, wire) if distillation else None
-        return wire, cfg.feedforward.tally(cfg, ctx, micro.tokens.shape), kept
+        return wire, cfg.feedforward.tally(cfg, ctx, micro.tokens.shape[0]), kept
 
     def middle(layers, message, piece, micro):
         (first, count, which), ctx = piece, context(micro)
@@ -119,7 +119,7 @@ def parts_of(cfg: ModelConfig, split: Split, context: Callable[[Batch], Context]
             last, shown = (decoder.from_wire(cfg, x, ctx) for x in (wire, kept))
             more += distillation * decoder.distance(cfg, shared, last, ctx, micro.weights, shown, places.at[0])
         if tally is not None and ctx.key is not None:
-            more += cfg.feedforward.penalty(cfg, tally, micro.weights)
+            more += cfg.feedforward.penalty(cfg, tally, ctx, micro.weights)
         return found + more if weights is None else found.at[0].add(more)
 
     exit_at = lambda layer: partial(loss, places.at.index(layer), layer)

@@ -19,10 +19,6 @@ class FeedForwardLayer:
     def check(self, cfg) -> None:
         """Raises ValueError where this layer cannot be combined with the model; `cfg` has its derived sizes."""
 
-    def check_spread(self, spread: str | None) -> None:
-        """Raises ValueError where this layer needs whole rows in one place, and `spread` says how they are
-        spread (None: they are not)."""
-
     def spec(self, cfg) -> dict:
         """Parameters for one layer (stacked by the caller)."""
         raise NotImplementedError
@@ -35,10 +31,11 @@ class FeedForwardLayer:
         """Forward matmul FLOPs for one token of one layer."""
         raise NotImplementedError
 
-    def tally(self, cfg, ctx, shape: tuple[int, int]) -> Any:
-        """What is counted from layer to layer; None: nothing."""
+    def tally(self, cfg, ctx, rows: int) -> Any:
+        """What is counted from layer to layer, a tree of arrays [rows]; None: nothing."""
         return None
 
-    def penalty(self, cfg, tally, weights_BxT) -> Any:
-        """What training adds to the sum of token losses for what was counted."""
+    def penalty(self, cfg, tally, ctx, weights_BxT) -> Any:
+        """What training adds to the sum of token losses for what was counted. Where a row's tokens lie over devices: this
+        device's share of it."""
         raise NotImplementedError

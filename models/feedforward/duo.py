@@ -33,21 +33,20 @@ SITE = 3
 
 
 class Tally(NamedTuple):
-    """Counted over layers where routers choose.
+    """Counted over layers where routers choose. Where a row's tokens lie over devices, each counts its own.
 
     Attributes:
-      big: float32 [B], the sum over layers of a row's mean P_big (outside of training, of its share of big modules).
-      layers: float32 [], how many layers there were.
+      big: float32 [B], the sum over layers and a row's tokens of P_big (outside of training, of those with big modules).
+      tokens: float32 [B], over how many that is.
     """
 
     big: Any
-    layers: Any
+    tokens: Any
 
     def plus(self, big_BxS, ctx) -> Tally:
         """With a layer more. Padding does not count."""
-        real_BxS = jnp.ones(big_BxS.shape, jnp.float32) if ctx.segments is None else ctx.segments > 0
-        share_B = jnp.sum(big_BxS * real_BxS, -1) / jnp.maximum(jnp.sum(real_BxS, -1), 1)
-        return Tally(self.big + share_B, self.layers + 1)
+        real_BxS = jnp.ones(big_BxS.shape, bool) if ctx.segments is None else ctx.ops.shards.own(ctx.segments) > 0
+        return Tally(self.big + jnp.sum(big_BxS * real_BxS, -1), self.tokens + jnp.sum(real_BxS, -1))
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,6 @@ class Duo(FeedForwardLayer):
                 f"{self.hidden(cfg)} units; choose at least {1 / cfg.hidden:.4g}"
             )
 
-    def check_spread(self, spread: str | None) -> None:
-        if self.routing == "learned" and spread is not None:
-            raise ValueError(
-                "feedforward.routing = 'learned' holds a budget over a row's tokens, which must be in one place, and here "
-                f"{spread}; train routers on a mesh of data, stage, fsdp and tensor axes with tensor.products = 'whole', or "
-                "with feedforward.routing = 'random', which any mesh can"
-            )
-
     def spec(self, cfg) -> dict:
         specs = {"big": self.module.spec(cfg), "small": self.module.spec(self._small(cfg))}
         if self.routing == "learned":
@@ -134,15 +125,18 @@ class Duo(FeedForwardLayer):
         """For one token of one layer, by the module that it takes."""
         return self.module.flops(self._small(cfg)), self.module.flops(cfg), 0
 
-    def tally(self, cfg, ctx, shape):
+    def tally(self, cfg, ctx, rows):
         if self.routing != "learned" or ctx.modules is not None:
             return None
-        return Tally(jnp.zeros(shape[0], jnp.float32), jnp.zeros((), jnp.float32))
+        return Tally(jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.float32))
 
-    def penalty(self, cfg, tally, weights_BxT):
+    def penalty(self, cfg, tally, ctx, weights_BxT):
         """Each row's budget loss, times the row's loss weight, so that it is a mean over tokens as the cross-entropy is."""
-        off_B = tally.big / jnp.maximum(tally.layers, 1) - self.budget
-        return self.strength * jnp.sum(jnp.square(off_B) * weights_BxT.astype(jnp.float32).sum(-1))
+        big_B, tokens_B = ctx.ops.whole_row(tuple(tally))
+        off_B = big_B / jnp.maximum(tokens_B, 1) - self.budget
+        # The weights of the tokens at hand: devices with others of the same row add theirs.
+        weights_B = ctx.ops.shards.own(weights_BxT).astype(jnp.float32).sum(-1)
+        return self.strength * jnp.sum(jnp.square(off_B) * weights_B)
 
     def routed_apply(self, cfg, params: dict, x_BxSxD, ctx, layer, tally):
         """[B, S, D] -> [B, S, D] and the tally."""

@@ -30,7 +30,7 @@ class EveryToken:
     def check(self, cfg) -> None:
         pass
 
-    def check_spread(self, spread: str | None) -> None:
+    def check_spread(self, sequence: int, permuted: bool) -> None:
         pass
 
     def spec(self, cfg) -> dict:
@@ -89,11 +89,23 @@ class MixtureOfDepths:
                 "of them; take one of the two"
             )
 
-    def check_spread(self, spread: str | None) -> None:
-        if spread is not None:
+    def check_spread(self, sequence: int, permuted: bool) -> None:
+        """Raises ValueError where picked tokens cannot run among themselves.
+
+        Args:
+          sequence: devices that the tokens of a row lie on, as attention wants them.
+          permuted: whether products send tokens round in rings.
+        """
+        if sequence > 1:
             raise ValueError(
-                f"mixture of depths picks the highest of a whole row's tokens, and here {spread}; train on a mesh of data, "
-                "stage, fsdp and tensor axes with tensor.products = 'whole'"
+                f"mixture of depths picks some of a row's tokens, and attention over tokens that lie on {sequence} devices knows "
+                "where those of whole rows lie, not where picked ones do; train on a mesh with sequence=1 (data, stage, fsdp "
+                "and tensor are free)"
+            )
+        if permuted:
+            raise ValueError(
+                "tensor.products = 'ring' permutes, which no branch may hold that devices take differently, and mixture of depths "
+                "branches on the layer and on whom it picks; take tensor.products = 'gathered', 'weave', 'sharded' or 'whole'"
             )
 
     def spec(self, cfg) -> dict:
@@ -132,28 +144,41 @@ class MixtureOfDepths:
             return sparse(x_BxTxD, pages) if self.routed(int(layer)) else whole(x_BxTxD, pages)
         return jax.lax.cond(self.routed(layer), sparse, whole, x_BxTxD, pages)
 
-    def picked(self, cfg, own, x_BxTxD, pages, ctx, tables, i, run):
-        """In training: the highest of each row, gathered, so that the others cost nothing."""
-        B, T, _ = x_BxTxD.shape
-        r_BxT = score(own["router"], x_BxTxD)
+    def picked(self, cfg, own, x_BxSxD, pages, ctx, tables, i, run):
+        """In training: the highest of each row, gathered, so that the others cost nothing.
+
+        Where the stream's S of T tokens lie over devices, each has the whole row's scores and runs its share of the picked tokens:
+        the row is gathered once to pick from, and what is added to it is summed into each device's own. Where the K picked do not
+        divide over the devices, the next highest run along, seen by nobody.
+        """
+        shards, B = ctx.ops.shards, x_BxSxD.shape[0]
+        r_BxT = shards.gather(score(own["router"], x_BxSxD))
+        T = r_BxT.shape[1]
         real_BxT = jnp.ones((B, T), bool) if ctx.segments is None else ctx.segments > 0
         size = math.ceil(self.capacity * T)
-        _, at = jax.lax.top_k(jnp.where(real_BxT, r_BxT, -jnp.inf), size)
-        at_BxK = jnp.sort(at, axis=-1)
+        run_along = -size % shards.shards
+        _, at = jax.lax.top_k(jnp.where(real_BxT, r_BxT, -jnp.inf), size + run_along)
+        order_BxK = jnp.argsort(at, axis=-1)
+        at_BxK, picked_BxK = jnp.take_along_axis(at, order_BxK, axis=1), order_BxK < size
         take = lambda a: None if a is None else jnp.take_along_axis(a, at_BxK, axis=1)
         turn = lambda a: None if a is None else jnp.take_along_axis(a, at_BxK[None, :, :, None], axis=2)
         some = ctx.replace(positions=take(ctx.positions), segments=take(ctx.segments))
+        some = some.replace(present=picked_BxK if run_along else None)
         inner = tables.replace(
             cos=turn(tables.cos), sin=turn(tables.sin), positions=take(tables.positions), index=at_BxK
         )
-        x_BxKxD = jnp.take_along_axis(x_BxTxD, at_BxK[..., None], axis=1)
-        new, pages = run(x_BxKxD, pages, some, inner)
-        gate = jax.nn.sigmoid(take(r_BxT))[..., None]
-        rows = jnp.arange(B)[:, None]
-        added = (gate * (new - x_BxKxD)).astype(x_BxTxD.dtype)
-        x = x_BxTxD.at[rows, at_BxK].add(added, unique_indices=True, indices_are_sorted=True)
-        there = jnp.zeros((B, T), bool).at[rows, at_BxK].set(True, unique_indices=True)
-        return with_loss(x, self.loss(own, x_BxTxD, there & real_BxT, real_BxT)), pages
+        own_at, r, counts = shards.own((at_BxK, take(r_BxT), picked_BxK))
+        x = jnp.take_along_axis(shards.gather(x_BxSxD), own_at[..., None], axis=1)
+        new, pages = run(x, pages, some, inner)
+        gate = jnp.where(counts, jax.nn.sigmoid(r), 0)[..., None]
+        added, rows = (gate * (new - x)).astype(x.dtype), jnp.arange(B)[:, None]
+        add = lambda to: to.at[rows, own_at].add(added, unique_indices=True, indices_are_sorted=True)
+        if shards.shards == 1:
+            x_new = add(x_BxSxD)
+        else:
+            x_new = x_BxSxD + shards.scatter(add(jnp.zeros((B, T, x.shape[-1]), x.dtype)))
+        there = jnp.zeros((B, T), bool).at[rows, at_BxK].set(picked_BxK, unique_indices=True)
+        return with_loss(x_new, self.loss(own, x_BxSxD, *shards.own((there & real_BxT, real_BxT)))), pages
 
     def loss(self, own, x_BxTxD, there_BxT, real_BxT):
         """The predictor's binary cross-entropy, summed over tokens."""
@@ -166,23 +191,24 @@ class MixtureOfDepths:
         h = jax.nn.gelu(jnp.einsum("btd,dh->bth", x, own["up"].astype(jnp.float32)))
         return score(own["down"], h) + own["bias"].astype(jnp.float32)
 
-    def predicted(self, cfg, own, x_BxTxD, pages, ctx, tables, i, run):
+    def predicted(self, cfg, own, x_BxSxD, pages, ctx, tables, i, run):
         """Outside of training: whom the predictor picks. Where it picks nobody, the layer does not run."""
         from jaxpar.models import cache as kv
 
-        go_BxT = self.predict(own, x_BxTxD) > 0
-        gate = jax.nn.sigmoid(score(own["router"], x_BxTxD))[..., None]
+        shards = ctx.ops.shards
+        go_BxT = shards.gather(self.predict(own, x_BxSxD)) > 0
+        gate = jax.nn.sigmoid(score(own["router"], x_BxSxD))[..., None]
 
         def layer(x, pages):
             new, pages = run(x, pages, ctx.replace(present=go_BxT), tables)
-            return jnp.where(go_BxT[..., None], x + (gate * (new - x)).astype(x.dtype), x), pages
+            return jnp.where(shards.own(go_BxT)[..., None], x + (gate * (new - x)).astype(x.dtype), x), pages
 
         def nobody(x, pages):
             if pages is None or pages.there is None:
                 return x, pages
             return x, pages.replace(there=kv.write(pages.there, go_BxT, i, tables.slots))
 
-        return jax.lax.cond(go_BxT.any(), layer, nobody, x_BxTxD, pages)
+        return jax.lax.cond(go_BxT.any(), layer, nobody, x_BxSxD, pages)
 
 
 def score(w_D, x_BxTxD):

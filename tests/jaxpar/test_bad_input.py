@@ -269,9 +269,9 @@ CASES = [
     Case("skip: no cosine", GENERATE + "run --skip ffn-skip --threshold 1.5", ("threshold = 1.5", "-1 to 1")),
     Case("skip: too few layers", GENERATE + "run --skip ffn-skip", ("first = 1", "last = 1", "2 layers", "leaves 0")),
     Case(
-        "routers of parts of rows",
-        "explain tiny --feedforward duo --routing learned --mesh sequence=2",
-        ("tokens lie on 2 devices", "random"),
+        "picked tokens of parts of rows",
+        "explain tiny --depth mixture-of-depths --mesh sequence=2",
+        ("lie on 2 devices", "sequence=1"),
     ),
     # exits
     Case("exit behind the last layer", "{train} --exits.at 2", ("model.exits.at = (2,)", "1 to 1", "2 layers")),

@@ -15,7 +15,17 @@ from jaxpar.program import checked
         ("two modules", "stage=2,tensor=2", "ring"),
         ("two modules, routers", "data=2,fsdp=2,tensor=2", "whole"),
         ("two modules, routers", "stage=3", "whole"),  # four layers: some stages have one more
-        ("mixture of depths", "stage=2", "whole"),
+        (
+            "two modules, routers",
+            "sequence=2,tensor=2",
+            "weave",
+        ),  # a row's tokens on four devices, its rows in two parts
+        ("two modules, routers", "stage=2,tensor=2", "gathered"),
+        (
+            "mixture of depths",
+            "stage=2,tensor=2",
+            "weave",
+        ),  # five picked of sixteen: on two devices one more runs along
     ],
 )
 def test_a_routed_model_on_a_mesh_is_the_single_device_run(model, mesh, products, devices):

@@ -17,9 +17,6 @@ from jaxpar.models.context import Context
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
 from jaxpar.models.feedforward.duo import BIG, SKIP, SMALL, Duo, Tally, with_routers
 from jaxpar.models.routing import oracle
-from jaxpar.parallel.mesh import MeshConfig
-from jaxpar.parallel.tensor.config import TensorConfig
-from jaxpar.program import checked
 
 CFG = ModelConfig(
     vocabulary=32, layers=3, width=16, heads=2, hidden=32, context=64, feedforward=Duo(small=1 / 8), init_std=0.3
@@ -108,14 +105,15 @@ def test_routers_mix_in_training_and_hold_the_budget():
         params["layers"]["feedforward"]["router"] = sign * params["layers"]["feedforward"]["router"]
         total, grads = loss_and_gradients(LEARNED, params, key)
         plain, tally = mixed(LEARNED, params, key)
-        # 2 rows of 8 tokens, strength 10, budget 1/4.
-        by_hand = 10 * 8 * np.square(np.asarray(tally.big) / 3 - 0.25).sum()
+        # 2 rows of 8 tokens in 3 layers, strength 10, budget 1/4.
+        np.testing.assert_array_equal(tally.tokens, [24, 24])
+        by_hand = 10 * 8 * np.square(np.asarray(tally.big) / 24 - 0.25).sum()
         assert float(total - plain) == pytest.approx(by_hand, rel=1e-3)
         assert sign or by_hand == pytest.approx(10 * 16 * 0.25**2)
         assert np.any(grads["layers"]["feedforward"]["router"])
     # Where the budget is what the routers do, nothing is added.
     weights = jnp.ones((2, 8))
-    assert Duo(budget=0.5).penalty(CFG, Tally(jnp.full(2, 1.5), jnp.asarray(3.0)), weights) == 0
+    assert Duo(budget=0.5).penalty(CFG, Tally(jnp.full(2, 12.0), jnp.full(2, 24.0)), Context(), weights) == 0
 
 
 def test_a_hard_temperature_is_the_argmax_and_decoding_is_the_whole_text_at_once():
@@ -204,17 +202,11 @@ def test_the_null_control_is_the_big_model_with_noise_of_a_given_size():
         (lambda: Duo(temperature=0.0), "temperature = 0.0 must be above 0"),
         (lambda: CFG.replace(hidden=4, feedforward=Duo(small=1 / 16)), "small module of 0 units"),
         (lambda: oracle.routes(3, 4), "budget of 4 big modules is outside 0 to the model's 3 layers"),
-        (lambda: mesh("sequence=2"), "tokens lie on 2 devices"),
-        (lambda: mesh("tensor=2", tensor=TensorConfig("ring")), "products = 'ring'"),
     ],
 )
 def test_bad_input_is_one_sentence(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-def mesh(text, **more):
-    return checked(LEARNED, MeshConfig.parse(text).sizes, rows=8, length=16, **more)
 
 
 @pytest.mark.quick

@@ -20,6 +20,7 @@ from jaxpar.models.residual.deep_delta import DeepDelta
 from jaxpar.models.routing.depth import MixtureOfDepths, score
 from jaxpar.models.routing.skip import FFNSkip
 from jaxpar.parallel.mesh import MeshConfig
+from jaxpar.parallel.tensor.config import TensorConfig
 from jaxpar.program import checked
 from tests.models.residual.straight import Decoder, rms, sigmoid, softmax
 
@@ -165,6 +166,10 @@ def test_flops_follow_the_tokens_that_run():
     assert cost(50.0) - cost(-50.0) == 2 * 3 * 16 * 24 + 2 * 4 * 16 * 16 + 2 * 2 * 16 * 8
 
 
+def mesh(text, **more):
+    return checked(CFG, MeshConfig.parse(text).sizes, rows=8, length=16, **more)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("make", "words"),
@@ -176,7 +181,8 @@ def test_flops_follow_the_tokens_that_run():
         (lambda: CFG.replace(dropout=0.1), "dropout = 0.1"),
         (lambda: CFG.replace(feedforward=Duo()), "Duo routes whole rows"),
         (lambda: continued(CFG, None, [[1]], new_tokens=2, skip=FFNSkip()), "MixtureOfDepths says itself"),
-        (lambda: checked(CFG, MeshConfig.parse("sequence=2").sizes, rows=8, length=16), "tokens lie on 2 devices"),
+        (lambda: mesh("sequence=2"), "tokens that lie on 2 devices .* train on a mesh with sequence=1"),
+        (lambda: mesh("tensor=2", tensor=TensorConfig("ring")), "products = 'ring' permutes.*'gathered', 'weave'"),
     ],
 )
 def test_bad_input_is_one_sentence(make, words):
