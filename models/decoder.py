@@ -147,7 +147,9 @@ def embed(cfg: ModelConfig, params: Tree, tokens_BxT, ctx: Context):
     return reach.by_run(first, found, x_BxSxD)
 
 
-def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, tally=None) -> tuple[Any, Aux]:
+def blocks(
+    cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, tally=None, divisor: int = 1
+) -> tuple[Any, Aux]:
     """Run a slice of the stack: contiguous, or the layers of a route (`ctx.route`, see `through`).
 
     Args:
@@ -157,6 +159,7 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, 
       first_layer: the index of the first of them in the whole model; may be traced (a pipeline stage). Where
         `ctx.route` names n layers, they are those instead.
       tally: what the layers before counted, which is counted on from. None: from nothing.
+      divisor: of `first_layer`, where that is traced.
 
     Returns:
       The state after the last of them, and `Aux`.
@@ -184,7 +187,9 @@ def blocks(cfg: ModelConfig, stacked: Tree, state, ctx: Context, first_layer=0, 
 
     cfg.residual.check_route(ctx.route)
     if cfg.residual.write_once and pages is None:
-        states = write_once.loop(cfg, uncommitted(cfg), stacked, states, (contexts, tables), layers_n)
+        states = write_once.loop(
+            cfg, uncommitted(cfg), stacked, states, (contexts, tables), layers_n, int(first_layer) if known else divisor
+        )
         return (states[0] if len(contexts) == 1 else states), Aux()
     if cfg.layer_loop == "unroll":
         at = lambda x, i: None if x is None else x[i]

@@ -10,6 +10,7 @@ the same way. As messages have one shape, every boundary carries it: twice the b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -75,6 +76,7 @@ def parts_of(cfg: ModelConfig, split: Split, context: Callable[[Batch], Context]
       objective, the n exits' losses and the last layer's; else the loss.
     """
     places = Places(() if weights is None else cfg.exits.at, split)
+    divisor = math.gcd(*(layers.start for layers in split.of_stage), *places.cuts)
     distillation = cfg.exits.loss.distillation if places.at else 0.0
 
     def start(shared, micro):
@@ -100,7 +102,7 @@ def parts_of(cfg: ModelConfig, split: Split, context: Callable[[Batch], Context]
 
     def run(layers, state, tally, ctx, first, count):
         if split.even:
-            state, aux = decoder.blocks(cfg, layers, state, ctx, first, tally)
+            state, aux = decoder.blocks(cfg, layers, state, ctx, first, tally, divisor)
             return state, aux.tally
         return some_layers(cfg, layers, state, tally, ctx, first, count)
 

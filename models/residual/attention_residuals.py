@@ -31,9 +31,9 @@ class AttentionResiduals(Deltas):
     Attributes:
       block: branches whose outputs are one source.
       phases: "two": all branches of a block look at the whole blocks together, once, and each merges the block's sum so far
-        by its log-sum-exp (algorithm 1). So in training, where blocks are of whole layers and the layers at hand begin one;
-        in pipelines, whose stages do not know their first layer when traced, and in generation the two branches of a
-        layer do. "direct": each looks at them itself. None: "two" where blocks are of whole layers.
+        by its log-sum-exp (algorithm 1). So in training, where blocks are of whole layers and the layers at hand begin one
+        (in pipelines: every stage does, and all have as many); elsewhere, as in generation, the two branches of a layer do.
+        "direct": each looks at them itself. None: "two" where blocks are of whole layers.
       epsilon: of the norm of keys.
     """
 
@@ -78,9 +78,9 @@ class AttentionResiduals(Deltas):
     def init(self, cfg, x_BxTxD) -> Stack:
         return super().init(cfg, x_BxTxD)._replace(carry=jnp.zeros_like(x_BxTxD))
 
-    def together(self, cfg, numbers) -> int:
-        aligned = self.block % 2 == 0 and 2 * numbers[0] % self.block == 0
-        return self.block // 2 if self.in_two and aligned else 0
+    def together(self, cfg, divisor: int) -> int:
+        k = self.block // 2
+        return k if self.in_two and self.block % 2 == 0 and divisor % k == 0 else 0
 
     def ahead(self, cfg, params, slots_nxBxTxD, layer):
         readers = [params[name]["query"] * params[name]["scale"] for name in ("attention", "feedforward")]

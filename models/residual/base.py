@@ -195,12 +195,12 @@ class StackMixer(DepthMixer):
                 "or take an operator without sources: Plain, HyperConnections, ManifoldHyperConnections, DeepDelta"
             )
 
-    def together(self, cfg, numbers) -> int:
+    def together(self, cfg, divisor: int) -> int:
         """How many layers in a row see the same slots, so that these are looked at once for all of them; 0: each looks
         itself. A mixer that says more has `ahead`.
 
         Args:
-          numbers: of layers that follow each other, NumPy [n].
+          divisor: of the first layer's number; that number itself, where it is known.
         """
         return 0
 

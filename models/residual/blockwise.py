@@ -15,47 +15,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpar.models.residual.base import Stack, StackMixer
+from jaxpar.models.residual.base import Stack, StackMixer, number_of, slot
 from jaxpar.models.residual.turns import Pulls, pick, put, table, take, turns
 from jaxpar.pallas_kernels.varying import varies_over, varying
 
 Tree = Any
 
 
-def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: Tree, numbers, k: int):
+def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: Tree, first, k: int):
     """Run n layers, k at a time; the first begins a block, and the last block may be shorter.
 
     Args:
       layer, stacked, state, given: as in `write_once.loop`.
-      numbers: the layers' numbers, NumPy [n].
+      first: the first layer's number; may be traced.
 
     Returns:
       The states, as `write_once.loop` gives them.
     """
-    n = len(numbers)
+    n = jax.tree.leaves(stacked)[0].shape[0]
+    first = number_of(first)
     whole = n // k * k
     for start, stop, size in ((0, whole, k), (whole, n, n - whole)):
         if start == stop:
             continue
         some = stacked if stop - start == n else jax.tree.map(lambda x: x[start:stop], stacked)  # noqa: B023
-        slots = _blocks(cfg, layer, some, tuple(s.slots for s in state), given, numbers[start:stop], size)
+        slots = _blocks(cfg, layer, some, tuple(s.slots for s in state), given, first + start, stop - start, size)
         # A block that is cut short goes on behind these layers.
-        open_at = cfg.residual.places(cfg, int(numbers[-1]))[-1] if size < k else None
-        state = tuple(Stack(s, jnp.zeros_like(s[0]) if open_at is None else s[open_at]) for s in slots)
+        open_at = cfg.residual.places(cfg, first + n - 1)[-1] if size < k else None
+        state = tuple(Stack(s, jnp.zeros_like(s[0]) if open_at is None else slot(s, open_at)) for s in slots)
     return state
 
 
-def _blocks(cfg, layer, stacked, slots, given, numbers_n, k):
-    """The slots behind whole blocks of k layers; of each part of the rows.
+def _blocks(cfg, layer, stacked, slots, given, first, n, k):
+    """The slots behind n layers, whole blocks of k, from `first` on; of each part of the rows.
 
     What layers keep for the backward pass, and their gradients, lie in tables of n rows that both loops carry.
     """
     mixer: StackMixer = cfg.residual
-    n, unroll = len(numbers_n), cfg.layer_loop == "unroll"
+    unroll = cfg.layer_loop == "unroll"
     # Known where each layer has a program of its own.
     over = (lambda n: range(n)) if unroll else np.arange
-    first, blocks = int(numbers_n[0]), over(n // k)
+    blocks = over(n // k)
     pulls = Pulls()
+    # A number that is known stays so; one that is traced goes through the passes as they are given it.
+    start = lambda given: first if isinstance(first, int) else given
 
     def look(params, slots, number):
         """What the block's layers see of the slots, for each part."""
@@ -79,56 +82,59 @@ def _blocks(cfg, layer, stacked, slots, given, numbers_n, k):
         set_at = jax.lax.dynamic_update_index_in_dim
         return tuple(set_at(s, new, place, 0) for s, new in zip(slots, sums, strict=True))
 
-    def pulled(stacked, carry, seen, given, row, j):
+    def pulled(stacked, carry, seen, given, number, row, j):
         """A layer's sums, and what its backward pass needs besides what will be at hand."""
         params, told = pick(stacked, row), share(seen, j)
-        out, pull = jax.vjp(lambda *args: forward(*args, given, first + row), params, carry, told)
+        out, pull = jax.vjp(lambda *args: forward(*args, given, number), params, carry, told)
         return out, pulls.cut(row if unroll else None, pull, (params, told, given))
 
     @jax.custom_vjp
-    def run(stacked, slots, given):
+    def run(stacked, slots, given, first):
         def block(slots, b):
-            seen = look(own(stacked, b * k), slots, first + b * k)
+            number = start(first) + b * k
+            seen = look(own(stacked, b * k), slots, number)
 
             def one(carry, j):
-                return forward(pick(stacked, b * k + j), carry, share(seen, j), given, first + b * k + j), None
+                return forward(pick(stacked, b * k + j), carry, share(seen, j), given, number + j), None
 
             sums, _ = turns(one, none(slots), over(k), n=k, unroll=unroll)
-            return commit(slots, sums, first + b * k), None
+            return commit(slots, sums, number), None
 
         return turns(block, slots, blocks, n=n // k, unroll=unroll)[0]
 
-    def keep(stacked, slots, given):
+    def keep(stacked, slots, given, first):
         def block(c, b):
             slots, kept = c
-            seen = look(own(stacked, b * k), slots, first + b * k)
+            number = start(first) + b * k
+            seen = look(own(stacked, b * k), slots, number)
 
             def one(c, j):
-                sums, new = pulled(stacked, c[0], seen, given, b * k + j, j)
+                sums, new = pulled(stacked, c[0], seen, given, number + j, b * k + j, j)
                 return (sums, put(c[1], b * k + j, new)), None
 
             (sums, kept), _ = turns(one, (none(slots), kept), over(k), n=k, unroll=unroll)
-            return (commit(slots, sums, first + b * k), kept), None
+            return (commit(slots, sums, number), kept), None
 
         like = None
         if not unroll:
             # Traced once for the shapes alone.
-            def rows_of(stacked, slots, given, b, j):
+            def rows_of(stacked, slots, given, first, j):
                 nonlocal like
-                seen = look(own(stacked, b), slots, first + b)
-                like = jax.tree.map(jax.typeof, pulled(stacked, none(slots), seen, given, b + j, j)[1])
+                seen = look(own(stacked, j), slots, first)
+                like = jax.tree.map(jax.typeof, pulled(stacked, none(slots), seen, given, first + j, j, j)[1])
 
-            jax.eval_shape(rows_of, stacked, slots, given, jnp.int32(0), jnp.int32(0))
+            jax.eval_shape(rows_of, stacked, slots, given, first, jnp.int32(0))
         (slots, kept), _ = turns(block, (slots, table(like, n, unroll)), blocks, n=n // k, unroll=unroll)
-        return slots, (stacked, slots, given, kept)
+        return slots, (stacked, slots, given, first, kept)
 
     def back(saved, g_slots):
-        stacked, last, given, kept = saved
+        stacked, last, given, first, kept = saved
 
         def block(c, b):
             g_slots, d_stacked = c
-            taken = [take(g, mixer.places(cfg, first + b * k)[-1:]) for g in g_slots]
-            look_again = lambda params, slots: look(params, slots, first + b * k)
+            number = start(first) + b * k
+            taken = [take(g, mixer.places(cfg, number)[-1:]) for g in g_slots]
+            look_again = lambda params, slots: look(params, slots, number)
             seen, pull_look = jax.vjp(look_again, own(stacked, b * k), last)
 
             def one(c, j):
@@ -139,17 +145,17 @@ def _blocks(cfg, layer, stacked, slots, given, numbers_n, k):
                 to_seen = lambda g, d: jax.lax.dynamic_update_index_in_dim(g, d, j, 2)
                 return (g_carry, jax.tree.map(to_seen, g_seen, d_told), put(d_stacked, row, d_params)), None
 
-            start = tuple(fresh for (fresh,), _ in taken), nothing(seen), d_stacked
-            (_, g_seen, d_stacked), _ = turns(one, start, over(k), n=k, unroll=unroll, reverse=True)
+            begin = tuple(fresh for (fresh,), _ in taken), nothing(seen), d_stacked
+            (_, g_seen, d_stacked), _ = turns(one, begin, over(k), n=k, unroll=unroll, reverse=True)
             d_own, d_slots = pull_look(g_seen)
             return (tuple(left + d for (_, left), d in zip(taken, d_slots, strict=True)), d_stacked), d_own
 
-        start = g_slots, table(jax.tree.map(lambda x: jax.typeof(x[0]), stacked), n, unroll)
-        (g_slots, d_stacked), d_own = turns(block, start, blocks, n=n // k, unroll=unroll, reverse=True)
+        begin = g_slots, table(jax.tree.map(lambda x: jax.typeof(x[0]), stacked), n, unroll)
+        (g_slots, d_stacked), d_own = turns(block, begin, blocks, n=n // k, unroll=unroll, reverse=True)
         if unroll:
             d_stacked, d_own = (jax.tree.map(lambda *xs: jnp.stack(xs), *rows) for rows in (d_stacked, d_own))
         of_looks = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), d_own)
-        return {**d_stacked, "residual": jax.tree.map(jnp.add, d_stacked["residual"], of_looks)}, g_slots, None
+        return {**d_stacked, "residual": jax.tree.map(jnp.add, d_stacked["residual"], of_looks)}, g_slots, None, None
 
     run.defvjp(keep, back)
-    return run(stacked, slots, given)
+    return run(stacked, slots, given, jnp.asarray(first))

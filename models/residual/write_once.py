@@ -27,7 +27,9 @@ from jaxpar.models.residual.turns import Pulls, rows, take, turns
 Tree = Any
 
 
-def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: Tree, numbers) -> tuple[Stack, ...]:
+def loop(
+    cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: Tree, numbers, divisor: int
+) -> tuple[Stack, ...]:
     """Run n layers.
 
     Args:
@@ -36,11 +38,12 @@ def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: T
       state: a `Stack` for each of the parts that rows go in.
       given: arrays that every layer sees; not differentiated.
       numbers: the layers' numbers [n]; in NumPy where known.
+      divisor: of the first layer's number; that number itself, where it is known.
     """
     mixer: StackMixer = cfg.residual
     n, unroll = len(numbers), cfg.layer_loop == "unroll"
-    if isinstance(numbers, np.ndarray) and (together := mixer.together(cfg, numbers)):
-        return blockwise.loop(cfg, layer, stacked, state, given, numbers, together)
+    if together := mixer.together(cfg, divisor):
+        return blockwise.loop(cfg, layer, stacked, state, given, numbers[0], together)
     # Known numbers stay known where each layer has a program of its own.
     known = [int(i) for i in numbers] if unroll and isinstance(numbers, np.ndarray) else None
     over, indices = partial(turns, n=n, unroll=unroll), range(n) if unroll else np.arange(n)

@@ -22,6 +22,7 @@ from jaxpar.skipping.config import LayerDrop
         ("attention residuals, blocks", "sequence=2,tensor=2", "ring"),
         ("attention residuals, blocks", "fsdp=2,tensor=2", "weave"),
         ("attention residuals", "data=2,stage=2", "whole"),
+        ("attention residuals, blocks", "stage=2,tensor=2", "gathered"),
         ("deep delta over tokens", "stage=2,tensor=2", "gathered"),
         ("mudd", "stage=3", "whole"),
     ],

@@ -84,15 +84,17 @@ def test_blocks_of_layers_that_look_at_sources_together_have_the_gradients_of_th
     for change in ({}, {"remat": "dots", "layer_loop": "unroll"}):
         assert_close(loss_and_gradients(cfg.replace(**change), params, ctx), expected)
 
-    @jax.jit
-    def in_slices(params):
+    @partial(jax.jit, static_argnums=(2, 3))
+    def in_slices(params, first, cut, divisor):
         state = decoder.embed(cfg, params, TOKENS, ctx)
-        for a, b in ((0, 1), (1, layers)):
+        for a, b in ((0, cut), (cut, layers)):
             some = jax.tree.map(lambda x, a=a, b=b: x[a:b], params["layers"])
-            state, _ = decoder.blocks(cfg, some, state, ctx, a)
+            state, _ = decoder.blocks(cfg, some, state, ctx, a if first is None else first + a, divisor=divisor)
         return decoder.head(cfg, params, state, ctx, TOKENS).loss_sum
 
-    assert_close(jax.value_and_grad(in_slices)(params), expected)
+    assert_close(jax.value_and_grad(in_slices)(params, None, 1, 1), expected)
+    # As stages of a pipeline, whose first layer is traced.
+    assert_close(jax.value_and_grad(in_slices)(params, 0, 2, 2), expected)
 
 
 def additions(cfg) -> int:
