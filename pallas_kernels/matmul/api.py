@@ -110,8 +110,8 @@ def quant_matmul(
       operands: formats. With all None and w an array this is the plain product.
       implementation: "xla"; "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some);
         "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits); "mosaic_gpu" (kernels for Hopper GPUs: int8
-        with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16); "mosaic_gpu_few_rows" (such weights with up
-        to 64 rows of x). None: one of these two where it has been seen to be faster than XLA, else "xla", as the others have
+        with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16); "mosaic_gpu_few_rows" (what the latter is for
+        such weights with up to 64 rows of x). None: one of these two where it has been seen to be faster than XLA, else "xla", as the others have
         not been measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
         raises. Of the backward ones "mosaic_gpu" does those of two 8-bit operands; all others are XLA's.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.

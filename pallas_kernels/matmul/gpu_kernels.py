@@ -40,11 +40,9 @@ class Settings:
       rows: of a warpgroup's tile of the result, 64 or 128.
       columns: of a warpgroup's tile of the result, 64, 128 or 256 (`gpu_eight`).
       stages: how many steps the feeder may be ahead.
-      steps: along K, of one block.
+      steps: along K.
       dtype: of the result.
       operand: of what the matrix unit multiplies in `gpu_eight`: int8 or float8.
-      there: rows of x that there are in `sixteen`, where they are fewer than `rows`: a multiple of 8. What the others of a
-        tile are is not defined, and no matter: a row of a product is one of x's alone.
       group: values along K that share a scale of w, in `sixteen`.
       bits: of w's codes in `sixteen`: 4 or 8.
       interpret: whether the kernel will run in the interpreter.
@@ -56,7 +54,6 @@ class Settings:
     steps: int
     dtype: Any
     operand: Any = None
-    there: int = 0
     group: int = 0
     bits: int = 8
     interpret: bool = False
@@ -78,7 +75,7 @@ class Settings:
 def place(names, refs) -> SimpleNamespace:
     """References by name, and where this warpgroup is."""
     x = SimpleNamespace(**dict(zip(names, refs, strict=True)))
-    x.row, x.column, x.split, x.warpgroup = (lax.axis_index(n) for n in ("row", "column", "split", "warpgroup"))
+    x.row, x.column, x.warpgroup = (lax.axis_index(n) for n in ("row", "column", "warpgroup"))
     return x
 
 
@@ -110,8 +107,8 @@ def barriers(settings: Settings, copies: int) -> dict:
     }
 
 
-def write(x, settings: Settings, pieces, out, first_row, first_column, rows: int = gpu.ROWS) -> None:
-    """A warpgroup's tile of the result, chunk by chunk: `rows` rows of each piece."""
+def write(x, settings: Settings, pieces, out, first_row, first_column) -> None:
+    """A warpgroup's tile of the result, chunk by chunk."""
     chunks = [(n, start) for n in range(len(pieces)) for start in range(0, settings.columns, CHUNK)]
     for count, (n, start) in enumerate(chunks):
         tile = x.out_tile.at[x.warpgroup, count % settings.out_slots]
@@ -119,8 +116,8 @@ def write(x, settings: Settings, pieces, out, first_row, first_column, rows: int
             plgpu.wait_smem_to_gmem(settings.out_slots - 1, wait_read_only=True)
         tile[...] = pieces[n][:, start : start + CHUNK].astype(settings.dtype)
         plgpu.commit_smem()
-        to = out.at[pl.ds(first_row + n * gpu.ROWS, rows), pl.ds(first_column + start, CHUNK)]
-        plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, rows)], to)
+        to = out.at[pl.ds(first_row + n * gpu.ROWS, gpu.ROWS), pl.ds(first_column + start, CHUNK)]
+        plgpu.copy_smem_to_gmem(tile, to)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -159,7 +156,6 @@ def sixteen(settings: Settings, names, *refs) -> None:
     """
     x = place(names, refs)
     rows, columns, parts = settings.rows, settings.columns, settings.bits // 4
-    there = min(settings.there, gpu.ROWS)
     shape = (gpu.ROWS, columns)
 
     def step(n, totals):
@@ -193,15 +189,13 @@ def sixteen(settings: Settings, names, *refs) -> None:
     def multiply():
         totals = lax.fori_loop(0, settings.steps, step, [gpu.zeros(shape) for _ in settings.pieces])
         first_column = (x.column * COMPUTE + x.warpgroup) * columns
-        write(x, settings, totals, x.out.at[x.split], x.row * rows, first_column, there)
+        write(x, settings, totals, x.out, x.row * rows, first_column)
 
-    def copies(step, slot):
-        k = x.split * settings.steps + step
+    def copies(k, slot):
         for half, source in enumerate((x.x_first, x.x_second)):
             # Of 4-bit weights the halves are the even and the odd channels, of 8-bit ones half of a step each.
             at = k * HALF if settings.bits == 4 else k * STEP + half * HALF
-            here = pl.ds(x.row * rows, settings.there)
-            yield source.at[here, pl.ds(at, HALF)], x.x_tile.at[slot, half, pl.ds(0, settings.there)]
+            yield source.at[pl.ds(x.row * rows, rows), pl.ds(at, HALF)], x.x_tile.at[slot, half]
         for w in range(COMPUTE):
             here = pl.ds((x.column * COMPUTE + w) * columns, columns)
             for part in range(parts):

@@ -7,7 +7,7 @@ what they do).
                   `formats.laid_along` has put it so once
     W4A16, W8A16  4-bit and 8-bit weights are read as they are stored and widened: a quarter or a half of bfloat16's bytes are
                   read, and as many operations done (Hopper multiplies no 4-bit operands); for up to 64 rows of x in registers
-                  (`gpu_few_rows`, by the name of "mosaic_gpu_few_rows"), else in shared memory
+                  (`gpu_few_rows`, also by the name of "mosaic_gpu_few_rows"), else in shared memory
 
 A byte holds the 4-bit weights of two neighbours along K; the even and the odd channels of x are multiplied with the low and
 the high halves.
@@ -37,19 +37,17 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """Of a warpgroup's tile of a product of a 16-bit x.
+    """Of a warpgroup's tile of a product of a 16-bit x of many rows.
 
     Attributes:
       rows: 64 or 128.
       columns: 64 or 128.
       stages: steps along K that shared memory holds.
-      blocks: K is cut until there are this many blocks, where it can be, and their sums are added afterwards.
     """
 
     rows: int
     columns: int
     stages: int = 4
-    blocks: int = 1
 
     def __post_init__(self):
         _whole_tile(self, (64, 128))
@@ -108,15 +106,13 @@ FLOATS = (
     Row(EightTiles(128, 128, cluster_columns=2)),
 )
 SIXTEEN = (
-    Row(HopperTiles(64, 128, stages=3, blocks=132), most=(("rows", 64), ("bits", 4))),
-    Row(HopperTiles(64, 64, blocks=132), most=(("rows", 64),)),
     Row(HopperTiles(128, 128, stages=2), most=(("bits", 4),)),
     Row(HopperTiles(128, 64, stages=2)),
 )
-"""Tiles of int8 with int8, of float8 with float8, and of a 16-bit x, by the rows of x and the bits of w. That they compile for
-Hopper GPUs and fit their registers is tested. Of int8 with many rows the fastest of nine on an H200: blocks by themselves, or tiles
-of 128 x 128, are as fast within 3 %, and clusters of four much slower, as 132 processors do not divide into them. The others have not
-been measured beside others: `jaxpar tune` does that."""
+"""Tiles of int8 with int8, of float8 with float8, and of a 16-bit x of many rows, by the rows of x and the bits of w. That they
+compile for Hopper GPUs and fit their registers is tested. Of int8 with many rows the fastest of nine on an H200: blocks by
+themselves, or tiles of 128 x 128, are as fast within 3 %, and clusters of four much slower, as 132 processors do not divide into
+them. The others have not been measured beside others: `jaxpar tune` does that."""
 FEW_ROWS = (
     Row(FewRowsTiles(4, stages=4), most=(("rows", 8), ("bits", 4))),
     Row(FewRowsTiles(4, stages=2), most=(("rows", 16),)),
@@ -158,11 +154,11 @@ def misfit_few_rows(a, b, axes, dtype) -> str | None:
 
 def unwise(a, b, axes, dtype) -> str | None:
     """Why None leaves a product to others. On an H200 (`experiments/bench/kernels.py`) int8 with int8 was faster than XLA with
-    4096 rows and slower with 16, and weights in 4 bits slower than XLA with 4096 rows and than `gpu_few_rows` with few."""
+    4096 rows and slower with 16, and weights in 4 bits slower than XLA with 4096 rows."""
     if not isinstance(a, Quantised):
-        return (
-            'has been slower than "mosaic_gpu_few_rows" with few rows and than XLA with many: only its name chooses it'
-        )
+        if a.shape[0] <= gpu_few_rows.MOST:
+            return 'is the same as "mosaic_gpu_few_rows" here'
+        return "has been slower than XLA with many rows: only its name chooses it"
     if tuple(axes) == (-1, -2) and _operand(a) == jnp.int8 and a.shape[-3 - axes[0]] >= 1024:
         return None
     return _only("int8 with int8 forwards from 1024 rows on")
@@ -223,14 +219,16 @@ def sizes_of(a, b: Quantised, axes) -> dict[str, int]:
 def product_mosaic_gpu(
     a, b: Quantised, axes, dtype, *, interpret=False, tiles: HopperTiles | EightTiles | None = None
 ) -> jax.Array:
-    """`products.product` of operands without a `misfit`: [M, N] in `dtype`.
+    """`products.product` of operands without a `misfit`: [M, N] in `dtype`. Few rows of a 16-bit x are `product_few_rows`'.
 
     Args:
       interpret: True, or `plgpu.InterpretGPUParams`, to run in an interpreter (from JAX 0.11 on).
-      tiles: instead of those of the table.
+      tiles: instead of those of the table, whatever the rows.
     """
     M = a.shape[-3 - axes[0]]
     if tiles is None:
+        if misfit_few_rows(a, b, axes, dtype) is None:
+            return product_few_rows(a, b, axes, dtype, interpret=interpret)
         # What is tuned is the forward product.
         op = ("quant_matmul", "mosaic_gpu") if tuple(axes) == (-1, -2) else None
         name, sizes = operands_name(a, b, dtype), sizes_of(a, b, axes)
@@ -308,22 +306,17 @@ def _stored(w: Quantised) -> dict:
 def _sixteen(x, w, axes, dtype, tiles: HopperTiles, interpret):
     K, N = w.shape
     columns = tiles.columns if N % (COMPUTE * tiles.columns) == 0 else BLOCK // COMPUTE
-    # Of a few rows there is one block, and no more of it is fetched and written than whole eights.
-    rows = tiles.rows if x.shape[0] > gpu.ROWS else gpu.ROWS
-    there = rows if x.shape[0] > gpu.ROWS else _up(x.shape[0], 8)
-    x_MxK = _rows(x, there)
+    x_MxK = _rows(x, tiles.rows)
     M = x_MxK.shape[0]
     bits, groups = w.format.element.bits, w.scales.shape[-2]
     halves = [x_MxK.reshape(M, K // 2, 2)[:, :, i] for i in (0, 1)] if bits == 4 else [x_MxK, x_MxK]
-    grid = {"column": N // (COMPUTE * columns), "row": M // there}
-    splits = _splits(K // STEP, tiles.blocks, grid["column"] * grid["row"])
+    grid = {"column": N // (COMPUTE * columns), "row": M // tiles.rows}
     settings = gpu_kernels.Settings(
-        rows,
+        tiles.rows,
         columns,
         tiles.stages,
-        K // STEP // splits,
-        dtype if splits == 1 else jnp.float32,
-        there=there,
+        K // STEP,
+        dtype,
         group=K // groups,
         bits=bits,
         interpret=bool(interpret),
@@ -333,14 +326,7 @@ def _sixteen(x, w, axes, dtype, tiles: HopperTiles, interpret):
         "x_second": halves[1],
         **_stored(w),
     }
-    parts = _call(gpu_kernels.sixteen, settings, arrays, (splits, M, N), {"split": splits} | grid, interpret)
-    return parts[0] if splits == 1 else jnp.sum(parts, axis=0).astype(dtype)
-
-
-def _splits(steps: int, wanted: int, blocks: int) -> int:
-    """In how many equal parts K is cut: the fewest that give as many blocks as are wanted, or else all that leave 4 steps."""
-    parts = [n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or steps // n >= 4)]
-    return next((n for n in parts if n * blocks >= wanted), parts[-1])
+    return _call(gpu_kernels.sixteen, settings, arrays, (M, N), grid, interpret)
 
 
 def _call(kernel, settings, arrays, shape, grid, interpret, *, module=gpu_kernels, cluster=None):

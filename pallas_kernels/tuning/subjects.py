@@ -34,7 +34,7 @@ GPU_WARPGROUPS = (1, 2, 4)
 """Of a block, each with steps of its own, of few rows."""
 TPU_ROWS, TPU_COLUMNS, TPU_SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024), (256, 512, 1024, 2048)
 """Rows of x, columns of w and what is summed, in a block."""
-GPU_BLOCKS = (1, 132, 264)
+GPU_BLOCKS = (132, 264)
 """Into how many K, or a cache, is cut: an H200 has 132 processors."""
 TPU_HELD, TPU_SPLITS = (256, 512, 1024, 2048, 4096, 8192), (1, 2)
 """Tokens times heads in a block of a cache, and into how many parts a row is divided."""
@@ -173,14 +173,14 @@ def quant_matmul(
                 dict(zip(("rows", "columns"), tile, strict=True)) | one for tile in GPU_TILES for one in shared
             )
         else:
-            candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, stages=GPU_STAGES[1:], blocks=GPU_BLOCKS)
+            candidates = _product(rows=GPU_STEPS, columns=GPU_STEPS, stages=GPU_STAGES[1:])
         sizes = product_gpu.sizes_of(a, b, (-1, -2))
         table = look_up(product_gpu.table_of(a), kind, **sizes)
         call, product = dict(axes=(-1, -2), dtype=dtype, interpret=interpret), product_gpu.product_mosaic_gpu
         if product_gpu.misfit_few_rows(a, b, (-1, -2), dtype) is None:
             implementation, product = "mosaic_gpu_few_rows", product_gpu.product_few_rows
             table = look_up(product_gpu.FEW_ROWS, kind, **sizes)
-            candidates = _product(warpgroups=GPU_WARPGROUPS, stages=GPU_STAGES[1:], blocks=GPU_BLOCKS[1:])
+            candidates = _product(warpgroups=GPU_WARPGROUPS, stages=GPU_STAGES[1:], blocks=GPU_BLOCKS)
         run = lambda tiles: lambda a, b: product(a, b, tiles=tiles, **call)
     name = operands_name(a, b, dtype)
     return Subject("quant_matmul", implementation, name, sizes, table, (Part("forward", candidates, run, make),))
@@ -233,7 +233,7 @@ def decode_attention(
     else:
         sizes = decode_gpu.sizes_of(*arrays[:2], slots)
         function = decode_gpu.decode_mosaic_gpu
-        candidates = _product(tokens=GPU_STEPS, stages=(*GPU_STAGES, 6), blocks=GPU_BLOCKS[1:])
+        candidates = _product(tokens=GPU_STEPS, stages=(*GPU_STAGES, 6), blocks=GPU_BLOCKS)
     table = look_up(module.TABLE, kind, **sizes)
     run = lambda tiles: lambda *arrays: function(*arrays, tiles=tiles, **call)
     parts = (Part("forward", candidates, run, make),)

@@ -240,10 +240,6 @@ def test_products_against_float64(name, rows):
     print(f"{mine[0]:.2e} (XLA {xlas[0]:.2e})")
     if name == "W8A8":
         np.testing.assert_array_equal(np.asarray(found), np.asarray(theirs))
-    if inputs is None and rows <= 64:
-        few = jax.jit(lambda a, b: products.product_few_rows(a, b, (-1, -2), dtype))(a, b)
-        print(f"few rows {errors(few, right)[0]:.2e}")
-        no_worse(errors(few, right), xlas, 2.0**-9, "few rows")
     # The matrix unit's own sums of float8 have fewer bits than float32.
     no_worse(mine, xlas, 2.0**-9 if dtype == BF16 else 2.0**-12 if name == "fp8" else 1e-6, name)
 
