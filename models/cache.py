@@ -3,18 +3,23 @@
 Row b holds `lens[b]` tokens in slots 0 ... lens[b]-1. New tokens are scattered to the slots that follow, and a query at
 position p sees the slots up to p. Prefill in chunks, decoding, verification of several tokens and rows that stopped
 early are one code path; rolling a row back is a smaller `lens`.
+
+`KVCache` keeps each row whole, `jaxpar.models.paged.PagedCache` in pages that a table names. The model knows neither: it
+takes `cache.pages()` from layer to layer, writes and reads them by `write` and `read` with `cache.table`, and
+`cache.holding(pages)` is the cache after that.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxpar.pallas_kernels.decode.xla import gathered
 from jaxpar.pallas_kernels.formats.format import Format, get
-from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, quantise
+from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
 from jaxpar.pallas_kernels.formats.scales import E4M3
 
 
@@ -39,10 +44,18 @@ class KVCache:
     there: jax.Array | None = None
     behind: Any = None
     tokens: jax.Array | None = None
+    table: ClassVar[None] = None
 
     @property
     def capacity(self) -> int:
         return self.k.shape[2]
+
+    def pages(self) -> Pages:
+        return Pages(self.k, self.v, self.there, self.behind)
+
+    def holding(self, pages: Pages) -> KVCache:
+        """The cache with these instead of its own; `lens` is unchanged."""
+        return self.replace(k=pages.k, v=pages.v, there=pages.there, behind=pages.behind)
 
 
 @struct.dataclass
@@ -100,19 +113,33 @@ def kept_by(cfg, rows: int, capacity: int):
     return jax.tree.map(one, cfg.residual.memory(cfg), is_leaf=lambda x: isinstance(x, tuple)) or None
 
 
-def write(pages_LxBxSxGxK, new_BxTxGxK, layer, slots_BxT):
-    """Scatter one layer's new keys (or values, or whether there are any) to their slots. Slots beyond the capacity are dropped."""
+def write(pages_LxBxSxGxK, new_BxTxGxK, layer, slots_BxT, table_BxM=None):
+    """Scatter one layer's new keys (or values, or whether there are any) to their slots. Slots beyond the capacity, and those of
+    pages that a row does not have, are dropped.
+
+    Args:
+      table_BxM: int32, the page of each row's slots m·N ... m·N + N - 1, -1 where it has none; then the first argument is
+        [L, P, N, G, K]. None: a row is a page.
+    """
     if isinstance(pages_LxBxSxGxK, Quantised):
         new = quantise(new_BxTxGxK, pages_LxBxSxGxK.format)
-        return jax.tree.map(lambda pages, part: write(pages, part, layer, slots_BxT), pages_LxBxSxGxK, new)
-    rows_Bx1 = jnp.arange(slots_BxT.shape[0])[:, None]
-    return pages_LxBxSxGxK.at[layer, rows_Bx1, slots_BxT].set(
-        new_BxTxGxK.astype(pages_LxBxSxGxK.dtype), mode="drop", unique_indices=True
-    )
+        return jax.tree.map(lambda pages, part: write(pages, part, layer, slots_BxT, table_BxM), pages_LxBxSxGxK, new)
+    rows, slots = jnp.arange(slots_BxT.shape[0])[:, None], slots_BxT
+    if table_BxM is not None:
+        rows, slots = in_pages(slots_BxT, table_BxM, *pages_LxBxSxGxK.shape[1:3])
+    new = new_BxTxGxK.astype(pages_LxBxSxGxK.dtype)
+    # Slots without a page all get the number of one that is not there.
+    return pages_LxBxSxGxK.at[layer, rows, slots].set(new, mode="drop", unique_indices=table_BxM is None)
 
 
-def read(pages_LxBxSxGxK, layer, dtype):
-    """One layer's keys (or values), [B, S, G, K]."""
-    if isinstance(pages_LxBxSxGxK, Quantised):
-        return dequantise(jax.tree.map(lambda pages: pages[layer], pages_LxBxSxGxK), dtype)
-    return pages_LxBxSxGxK[layer].astype(dtype)
+def in_pages(slots_BxT, table_BxM, pages: int, page: int):
+    """Which page of `pages` holds each slot, and where in it, int32 [B, T] each; the page's number is `pages` where none does."""
+    number_BxT, most = slots_BxT // page, table_BxM.shape[1]
+    page_BxT = jnp.take_along_axis(table_BxM, jnp.minimum(number_BxT, most - 1), axis=1)
+    return jnp.where((number_BxT < most) & (page_BxT >= 0), page_BxT, pages), slots_BxT % page
+
+
+def read(pages_LxBxSxGxK, layer, dtype, table_BxM=None):
+    """One layer's keys (or values), [B, S, G, K]; with `table_BxM`, as of `write`, [B, M·N, G, K] gathered from [L, P, N, G, K],
+    where slots of pages that a row does not have hold anything finite."""
+    return gathered(pages_LxBxSxGxK, layer, table_BxM, dtype)

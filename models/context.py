@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxpar.models.cache import KVCache
+from jaxpar.models.paged import PagedCache
 from jaxpar.models.route import Route
 from jaxpar.models.routing.record import Skip
 from jaxpar.models.rows import Rows
@@ -21,6 +22,8 @@ from jaxpar.pallas_kernels.attention import attention
 from jaxpar.pallas_kernels.decode import decode_attention
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 from jaxpar.pallas_kernels.matmul import quant_matmul
+
+Cache = KVCache | PagedCache
 
 
 def matmul(x, w, contract: int = 1):
@@ -136,7 +139,7 @@ class Context:
 
     positions: jax.Array | None = None
     segments: jax.Array | None = None
-    cache: KVCache | None = None
+    cache: Cache | None = None
     key: jax.Array | None = None
     sample_ids: jax.Array | None = None
     places: jax.Array | None = None

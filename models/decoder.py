@@ -22,9 +22,9 @@ from flax import struct
 
 from jaxpar.models import layers, reach
 from jaxpar.models import spec as specs
-from jaxpar.models.cache import KVCache, Pages
+from jaxpar.models.cache import Pages
 from jaxpar.models.config import ModelConfig
-from jaxpar.models.context import Context, Ops, dropout
+from jaxpar.models.context import Cache, Context, Ops, dropout
 from jaxpar.models.loss import cross_entropy
 from jaxpar.models.residual import write_once
 from jaxpar.models.residual.base import Behind
@@ -49,7 +49,7 @@ class Aux:
       tally: what a feed-forward layer with a router counted.
     """
 
-    cache: KVCache | None = None
+    cache: Cache | None = None
     record: Record | None = None
     tally: Any = None
 
@@ -206,8 +206,7 @@ def blocks(
         (state, pages), _ = jax.lax.scan(body, (state, pages), xs)
     if pages is None:
         return state, Aux()
-    written = dict(k=pages.k, v=pages.v, there=pages.there, behind=pages.behind)
-    cache = None if ctx.cache is None else ctx.cache.replace(**written)
+    cache = None if ctx.cache is None else ctx.cache.holding(pages)
     return state, Aux(cache, pages.record, pages.tally)
 
 
@@ -215,7 +214,7 @@ def pages_of(cfg: ModelConfig, ctx: Context, tables: list, states, tally=None) -
     """What goes from layer to layer beside the state; None where nothing does."""
     shape = tables[0].positions.shape
     if ctx.cache is not None:
-        pages = Pages(ctx.cache.k, ctx.cache.v, ctx.cache.there, ctx.cache.behind)
+        pages = ctx.cache.pages()
     else:
         if tally is None:
             tally = cfg.feedforward.tally(cfg, ctx, shape[0] * len(tables))
@@ -396,7 +395,7 @@ def distance(cfg: ModelConfig, params: Tree, last, ctx: Context, weights, state,
     return jnp.sum(apart_BxS if weights is None else apart_BxS * ctx.ops.shards.own(weights))
 
 
-def forward(cfg: ModelConfig, params: Tree, tokens_BxQ, cache: KVCache, counts_B=None, ops: Ops = Ops(), last=False):
+def forward(cfg: ModelConfig, params: Tree, tokens_BxQ, cache: Cache, counts_B=None, ops: Ops = Ops(), last=False):
     """Q more tokens for each row behind what the cache holds: prefill, decoding and verification are this one path.
 
     Returns:

@@ -85,6 +85,7 @@ class Tables:
       cos, sin: float32 [U, B, T, 2R], see `positions.turns`, where positions are rotary.
       positions: int32 [B, T], of each token in its document.
       slots: int32 [B, T], the cache slots of the new tokens, where there is a cache.
+      table: int32 [B, M], the pages that hold a row's slots, where the cache lies in pages.
       windows: the attention span of each kind, or None where no layer slides (static).
       index: int32 [B, T], the place in its row of each token, where they are some of a row's. None: 0, 1, 2, ...
       documents: int32 [B · runs, n + L], see `reach.documents`, where the residual operator reaches n tokens back.
@@ -97,6 +98,7 @@ class Tables:
     windows: tuple[int, ...] | None = struct.field(pytree_node=False)
     index: jax.Array | None = None
     documents: jax.Array | None = None
+    table: jax.Array | None = None
 
 
 def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
@@ -105,7 +107,7 @@ def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
     T = S * ctx.ops.shards.shards
     positions_BxT = ctx.positions_of((B, T))
     distinct = kinds(cfg)
-    cos = sin = slots = windows = None
+    cos = sin = slots = windows = table = None
     if isinstance(cfg.positions, Rope):
         pairs = []
         for local in distinct:
@@ -115,11 +117,12 @@ def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
         cos, sin = (jnp.stack(kind) for kind in zip(*pairs, strict=True))
     if ctx.cache is not None:
         slots = ctx.cache.lens[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        table = ctx.cache.table
     if any(distinct):
         windows = tuple(cfg.window if local else FULL for local in distinct)
     back = cfg.residual.reach(cfg) - 1
     documents = reach.documents(ctx, (B, T), back) if back else None
-    return Tables(cos, sin, positions_BxT, slots, windows, documents=documents)
+    return Tables(cos, sin, positions_BxT, slots, windows, documents=documents, table=table)
 
 
 def _pick(rows, kind):
@@ -182,14 +185,14 @@ def attention_branch(
                 index_BxT = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
             mask = mask.replace(q_index=index_BxT, k_index=jnp.where(ctx.present, index_BxT, FULL))
     else:
-        pages = cached(pages, k, v, ctx, i, tables.slots)
+        pages = cached(pages, k, v, ctx, i, tables)
         # A cache's rows have indices of their own, which not every implementation takes.
         call["implementation"] = "xla" if cfg.attention_implementation == "xla" else None
         if pages.there is None and k.shape[1] <= MOST_QUERIES and not keys_only:
             lens_B = tables.slots[:, -1] + 1
-            out = ops.decode(q[0], pages.k, pages.v, lens_B, window=window, layer=i, **call)
-            return projected(out), pages
-        k, v = (kv.read(page, i, k.dtype) for page in (pages.k, pages.v))
+            call |= dict(window=window, layer=i, table_BxP=tables.table)
+            return projected(ops.decode(q[0], pages.k, pages.v, lens_B, **call)), pages
+        k, v = (kv.read(page, i, k.dtype, tables.table) for page in (pages.k, pages.v))
         index_BxS = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
         if pages.there is not None:
             # Behind every query: whoever has no keys here is not seen.
@@ -202,15 +205,16 @@ def attention_branch(
     return projected(ops.attention(q, k, v, mask=mask, **call)), pages
 
 
-def cached(pages: kv.Pages, k, v, ctx: Context, i, slots_BxT) -> kv.Pages:
+def cached(pages: kv.Pages, k, v, ctx: Context, i, tables: Tables) -> kv.Pages:
     """The pages with new keys and values at layer i, and whose they are."""
     if pages.there is None:
         if ctx.present is not None:
             raise ValueError("tokens that leave a layer out need a cache that knows it: make it with `there=True`")
-        return pages.replace(k=kv.write(pages.k, k, i, slots_BxT), v=kv.write(pages.v, v, i, slots_BxT))
-    present = jnp.ones(slots_BxT.shape, bool) if ctx.present is None else ctx.present
-    new = {"k": k, "v": v, "there": present}
-    return pages.replace(**{name: kv.write(getattr(pages, name), x, i, slots_BxT) for name, x in new.items()})
+        new = {"k": k, "v": v}
+    else:
+        new = {"k": k, "v": v, "there": jnp.ones(tables.slots.shape, bool) if ctx.present is None else ctx.present}
+    where = i, tables.slots, tables.table
+    return pages.replace(**{name: kv.write(getattr(pages, name), x, *where) for name, x in new.items()})
 
 
 def block(cfg: ModelConfig, params: Tree, state, pages, ctx: Context, tables: Tables, layer, i, kind):

@@ -1,7 +1,8 @@
 """A key/value cache in pages: rows of any length share one pool, and a row that ends gives its pages back.
 
 A dense cache (`cache.KVCache`) keeps the longest row's room for every row. Here a row's tokens lie in pages of N slots, in
-any order in the pool, and a table names them (Kwon et al. 2023, PagedAttention). `decode_attention` reads it by that table.
+any order in the pool, and a table names them (Kwon et al. 2023, PagedAttention). `decode_attention` reads it by that table,
+and the model takes it as it takes a dense one (`Context.cache`).
 All is pure and may be compiled; which pages a row gets is the same on every run: the lowest that are free, in order of rows.
 
     cache, granted_B = reserve(cache, counts_B)              # room for so many more tokens of each row
@@ -12,13 +13,14 @@ All is pure and may be compiled; which pages a row gets is the same on every run
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from jaxpar.models import cache as kv
 from jaxpar.pallas_kernels.formats.format import Format
-from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
 
 
 @struct.dataclass
@@ -37,11 +39,33 @@ class PagedCache:
     table: jax.Array
     lens: jax.Array
     free: jax.Array
+    tokens: ClassVar[None] = None
 
     @property
     def page(self) -> int:
         """N"""
         return self.k.shape[2]
+
+    def pages(self) -> kv.Pages:
+        return kv.Pages(self.k, self.v)
+
+    def holding(self, pages: kv.Pages) -> PagedCache:
+        """The cache with these instead of its own; `lens` and what rows have are unchanged."""
+        return self.replace(k=pages.k, v=pages.v)
+
+
+def check(cfg) -> None:
+    """Raises ValueError where tokens leave more behind in a model's layers than keys and values, or not even those."""
+    if cfg.depth.sparse:
+        raise ValueError(
+            f"model.depth = {type(cfg.depth).__name__} leaves tokens without keys and values in some layers, and pages do not "
+            "say which; use the dense cache (generate without --pages)"
+        )
+    if cfg.residual.memory(cfg) or cfg.residual.first_reach(cfg) > 1:
+        raise ValueError(
+            f"model.residual = {type(cfg.residual).__name__} looks at earlier tokens' streams, and pages hold keys and values "
+            "alone; use the dense cache (generate without --pages)"
+        )
 
 
 def empty(
@@ -53,8 +77,9 @@ def empty(
       form: as of `cache.empty`.
 
     Raises:
-      ValueError: a size below 1; a format that `cache.empty` refuses.
+      ValueError: a size below 1; a model that `check` and a format that `cache.empty` refuses.
     """
+    check(cfg)
     for name, size in (("rows", rows), ("most", most), ("pages", pages), ("page", page)):
         if size < 1:
             raise ValueError(f"a paged cache needs {name} of at least 1, got {size}")
@@ -64,12 +89,20 @@ def empty(
     return PagedCache(pool.k, pool.v, table, jnp.zeros(rows, jnp.int32), jnp.ones(pages, bool))
 
 
-def reserve(cache: PagedCache, counts_B) -> tuple[PagedCache, jax.Array]:
+def reserve(cache: PagedCache, counts_B, order_B=None) -> tuple[PagedCache, jax.Array]:
     """Pages for `counts_B` more tokens of each row, and bool [B], whether a row has room for them now.
 
     A row that lacks a page gets none at all, and no row behind it that needs one does: rows wait in their order. One that would
     be longer than its table never gets any.
+
+    Args:
+      order_B: the rows, those first that shall be served first. None: as they stand.
     """
+    if order_B is not None:
+        sorted_rows = cache.replace(table=cache.table[order_B], lens=cache.lens[order_B])
+        found, granted_B = reserve(sorted_rows, counts_B[order_B])
+        back_B = jnp.argsort(order_B)
+        return cache.replace(table=found.table[back_B], free=found.free), granted_B[back_B]
     pages = cache.free.shape[0]
     needed_Bx1 = -(-(cache.lens + counts_B) // cache.page)[:, None]
     new_BxM = (jnp.arange(cache.table.shape[1])[None] < needed_Bx1) & (cache.table < 0)
@@ -88,20 +121,8 @@ def reserve(cache: PagedCache, counts_B) -> tuple[PagedCache, jax.Array]:
 def write(cache: PagedCache, k_BxTxGxK, v_BxTxGxK, layer) -> PagedCache:
     """One layer's new keys and values, into the slots behind those that rows hold. Where no page is, they are dropped."""
     slots_BxT = cache.lens[:, None] + jnp.arange(k_BxTxGxK.shape[1], dtype=jnp.int32)[None]
-    number_BxT, most = slots_BxT // cache.page, cache.table.shape[1]
-    page_BxT = jnp.take_along_axis(cache.table, jnp.minimum(number_BxT, most - 1), axis=1)
-    pages = cache.free.shape[0]
-    page_BxT = jnp.where((number_BxT < most) & (page_BxT >= 0), page_BxT, pages)
-
-    def scatter(pool, new):
-        return pool.at[layer, page_BxT, slots_BxT % cache.page].set(new.astype(pool.dtype), mode="drop")
-
-    def written(pool, new):
-        if isinstance(pool, Quantised):
-            return jax.tree.map(scatter, pool, quantise(new, pool.format))
-        return scatter(pool, new)
-
-    return cache.replace(k=written(cache.k, k_BxTxGxK), v=written(cache.v, v_BxTxGxK))
+    where = layer, slots_BxT, cache.table
+    return cache.replace(k=kv.write(cache.k, k_BxTxGxK, *where), v=kv.write(cache.v, v_BxTxGxK, *where))
 
 
 def release(cache: PagedCache, gone_B) -> PagedCache:

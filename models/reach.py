@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.models import cache as kv
-from jaxpar.models.context import Context
+from jaxpar.models.context import Cache, Context
 from jaxpar.models.residual.base import Behind
 
 Tree = Any
@@ -114,7 +114,7 @@ def behind(cfg, ctx: Context, tables, pages, kept: Tree, site: str, i) -> tuple[
     return Behind(values, tables.documents), pages
 
 
-def noted(cache: kv.KVCache, tokens_BxQ) -> kv.KVCache:
+def noted(cache: Cache, tokens_BxQ) -> Cache:
     """The cache with these tokens' ids behind what it holds, where the operator's first state looks at earlier embeddings."""
     if cache.tokens is None:
         return cache

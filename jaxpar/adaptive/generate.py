@@ -1,4 +1,4 @@
-"""Generation as the command line asks for it, through exits or not."""
+"""Generation as the command line asks for it: through exits or not, and with a cache in pages or not."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from jaxpar.adaptive.speculate import speculate
 from jaxpar.adaptive.verify import verified
 from jaxpar.errors import UserError
 from jaxpar.models.config import ModelConfig
+from jaxpar.paged_generation import generate_paged
+from jaxpar.paging import Paged
 from jaxpar.sampling import Sampler
 
 
 @dataclass(frozen=True)
 class Continued(generation.Continued):
     """Attributes:
-    note: what exits saved, a sentence. Empty where none was asked.
+    note: what exits saved, or pages took, a sentence. Empty where neither was asked for.
     """
 
     note: str = ""
@@ -34,15 +36,33 @@ def continued(
     decoding: Decoding | None = None,
     skip: Any = None,
     steering: Any = None,
+    pages: Paged | None = None,
     key=None,
     **options: Any,
 ) -> Continued:
-    """`jaxpar.generation.continued`, or through exits.
+    """`jaxpar.generation.continued`, or through exits, or through pages.
 
     Raises:
-      UserError: parts that are skipped, or a stream that is steered, where exits decide; drafts where tokens are drawn; and
-        what `exit_early`, `speculate` and `verified` refuse.
+      UserError: parts that are skipped, or a stream that is steered, where exits decide; either where the cache lies in pages;
+        drafts where tokens are drawn; and what `exit_early`, `speculate`, `verified` and `generate_paged` refuse.
     """
+    if pages is not None:
+        if decoding is not None or skip is not None:
+            flag, what = (
+                ("--skip", "leave layers out") if decoding is None else ("--decoding", "leave early or are drafted")
+            )
+            raise UserError(
+                f"--pages and {flag} are not combined: tokens that {what} need the dense cache; leave one of the two away"
+            )
+        served = generate_paged(
+            cfg, params, prompts, paging=pages, sampler=sampler, key=key, steering=steering, **options
+        )
+        rows = min(pages.rows, len(prompts))
+        note = (
+            f"{len(prompts)} prompts on {rows} rows: {served.peak} of {pages.pages} pages of {pages.page} tokens at most, "
+            f"{served.evictions} evictions"
+        )
+        return Continued(served.rows, note=note)
     if decoding is None:
         options |= dict(skip=skip, steering=steering)
         found = generation.continued(cfg, params, prompts, sampler=sampler, key=key, **options)

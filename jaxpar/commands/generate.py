@@ -10,6 +10,7 @@ from jaxpar.adaptive.policy import Decoding
 from jaxpar.commands.base import checking, read
 from jaxpar.errors import UserError
 from jaxpar.models.routing.skip import Skipping
+from jaxpar.paging import Paged
 from jaxpar.quantise.choose import AnyQuantised, parse, quantised
 from jaxpar.sampling import Sampler
 
@@ -20,12 +21,14 @@ class GenerateConfig:
 
     Attributes:
       model: a run's folder, a Hugging Face folder, or a .gguf file.
-      prompt: the text to continue; several are continued as one batch.
+      prompt: the text to continue; several are continued as one batch, or with pages one after another as there is room.
       tokens: the most tokens to add to each.
       sampler: how tokens are chosen; `--temperature 0` (greedy) is the default.
       skip: parts of layers that tokens leave out. None: none.
       decoding: how exits are used: tokens leave early (exit-early), or an exit, or the model that `skip` leaves, drafts what the
         whole model verifies (speculate: the tokens of plain greedy decoding). None: every token runs through all layers.
+      pages: keys and values lie in pages that prompts share, of which some run at once while others wait: the same
+        tokens, and no room is kept for the longest row in every row. None: a dense cache, and all prompts at once.
       steer: a file of `jaxpar steer`, whose vector is added to the stream at each prompt's last token and at every new one.
         None: nothing is added.
       steer_strength: times the vector. None: as the file says; negative leads away from what was wanted.
@@ -43,6 +46,7 @@ class GenerateConfig:
     sampler: Sampler = Sampler()
     skip: Skipping | None = None
     decoding: Decoding | None = None
+    pages: Paged | None = None
     steer: str | None = None
     steer_strength: float | None = None
     quantise: AnyQuantised | None = field(default=None, metadata={"parse": parse})
@@ -92,6 +96,7 @@ def main(argv: list[str]) -> int | None:
             ops=ops,
             skip=config.skip,
             decoding=config.decoding,
+            pages=config.pages,
             steering=steering,
         )
     for i, (text, row) in enumerate(zip(config.prompt, found.rows, strict=True)):

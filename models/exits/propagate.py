@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.models import layers, reach
-from jaxpar.models.cache import KVCache, Pages
+from jaxpar.models.cache import KVCache
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.context import Context, Ops
 
@@ -45,5 +45,5 @@ def keys_from(cfg: ModelConfig, stacked: Tree, state, cache: KVCache, ops: Ops, 
         return pages, None
 
     xs = (stacked, jnp.asarray(layers.kinds_of(cfg, numbers)), jnp.asarray(numbers), jnp.arange(n))
-    pages, _ = jax.lax.scan(one, Pages(cache.k, cache.v, cache.there, cache.behind), xs)
-    return cache.replace(k=pages.k, v=pages.v, there=pages.there, behind=pages.behind)
+    pages, _ = jax.lax.scan(one, cache.pages(), xs)
+    return cache.holding(pages)

@@ -268,6 +268,17 @@ CASES = [
     # generate
     Case("skip: no cosine", GENERATE + "run --skip ffn-skip --threshold 1.5", ("threshold = 1.5", "-1 to 1")),
     Case("skip: too few layers", GENERATE + "run --skip ffn-skip", ("first = 1", "last = 1", "2 layers", "leaves 0")),
+    Case("pages of nothing", GENERATE + "run --pages paged --pages.page 0", ("pages.page = 0", "at least 1")),
+    Case(
+        "too few pages",
+        GENERATE + "run --pages paged --pages.pages 2 --pages.page 1",
+        ("prompt 0", "4 new ones", "pages of 1 tokens", "pages.pages = 2"),
+    ),
+    Case(
+        "pages and holes",
+        GENERATE + "run --pages paged --skip ffn-skip --skip.first 0 --skip.last 0",
+        ("--pages and --skip", "leave one of the two away"),
+    ),
     Case(
         "picked tokens of parts of rows",
         "explain tiny --depth mixture-of-depths --mesh sequence=2",

@@ -295,6 +295,11 @@ def test_generate(run, capsys):
     first = capsys.readouterr().out
     assert first.startswith("import ")
     assert "\n---\ndef f" in first
+    assert main([*line, "--pages", "paged", "--pages.rows", "1", "--pages.page", "4", "--pages.pages", "5"]) == 0
+    through_pages = capsys.readouterr()
+    assert through_pages.out == first
+    assert "2 prompts on 1 rows: " in through_pages.err
+    assert "of 5 pages of 4 tokens at most, 0 evictions" in through_pages.err
     assert main(line) == 0
     assert capsys.readouterr().out == first
     draws = set()
