@@ -13,8 +13,8 @@ being its prompt. Requests are admitted in the order of their numbers, and those
 running: so the number of a request is its age, and the queue is sorted by it at any time. The oldest is never evicted, and
 fits alone: so all end.
 
-Where this differs from the papers' systems: queue and turns are on the device, in one `while_loop` without a word to the host;
-evicted requests are computed again and never copied out (of vLLM's two ways the simpler one); a chunk is as wide for each row
+Where this differs from the papers' systems: queue and turns are on the device, in loops of one program without a word to the
+host; evicted requests are computed again and never copied out (of vLLM's two ways the simpler one); a chunk is as wide for each row
 as for the others (shapes are static), where Sarathi counts the tokens of all rows against one budget; rows share no pages.
 
 A request's tokens are those of `jaxpar.generation.generate` of it alone, whatever row it has and whoever else runs: its t-th
@@ -108,6 +108,8 @@ class State:
     Attributes:
       cache: of the rows' tokens that were read.
       request: int32 [B], whom each row serves; -1 for an idle one.
+      left: int32 [B], how many known tokens of its request each row has yet to read.
+      granted: bool [B], whether it has pages for them.
       waiting: bool [N], who is in the queue.
       text: int32 [N, W], prompts and the tokens chosen behind them.
       known: int32 [N], how many of these there are.
@@ -116,19 +118,28 @@ class State:
 
     cache: PagedCache
     request: jax.Array
+    left: jax.Array
+    granted: jax.Array
     waiting: jax.Array
     text: jax.Array
     known: jax.Array
     peak: jax.Array
     evictions: jax.Array
 
+    @property
+    def wide(self) -> jax.Array:
+        """Whether a row that may go on is in its prompt."""
+        return jnp.any(self.granted & (self.left > 1))
 
-def admit(state: State) -> tuple[State, jax.Array, jax.Array]:
-    """Idle rows take those that wait, in their order, and all rows what pages they need, the oldest request first.
+    @property
+    def narrow(self) -> jax.Array:
+        """Whether rows may go on, and all that may read one token."""
+        return jnp.any(self.granted) & ~self.wide
 
-    Returns:
-      The state, how many tokens each row has yet to read, int32 [B], and whether it has room for them, bool [B].
-    """
+
+def admit(state: State) -> State:
+    """Idle rows take those that wait, in their order, and all rows what pages they need, the oldest request first. Twice in a
+    row it changes nothing more."""
     N, idle_B = state.waiting.shape[0], state.request < 0
     in_order_N = jnp.argsort(~state.waiting, stable=True)
     nth_B = jnp.cumsum(idle_B) - 1
@@ -140,9 +151,14 @@ def admit(state: State) -> tuple[State, jax.Array, jax.Array]:
     granted_B &= request_B >= 0
     # Who found no pages to begin with waits on, and holds none.
     request_B = jnp.where(idle_B & ~granted_B, -1, request_B)
-    waiting_N = state.waiting.at[jnp.where(request_B < 0, N, request_B)].set(False, mode="drop")
-    peak = jnp.maximum(state.peak, jnp.sum(~cache.free))
-    return state.replace(cache=cache, request=request_B, waiting=waiting_N, peak=peak), left_B, granted_B
+    return state.replace(
+        cache=cache,
+        request=request_B,
+        left=left_B,
+        granted=granted_B,
+        waiting=state.waiting.at[jnp.where(request_B < 0, N, request_B)].set(False, mode="drop"),
+        peak=jnp.maximum(state.peak, jnp.sum(~cache.free)),
+    )
 
 
 def chosen(state: State, counts_N, limit, token_B, chose_B, stops_B) -> tuple[State, jax.Array]:
@@ -156,17 +172,18 @@ def chosen(state: State, counts_N, limit, token_B, chose_B, stops_B) -> tuple[St
     return state.replace(text=text, known=known), chose_B & (stops_B | full_B)
 
 
-def leave(state: State, over_B, stuck) -> State:
-    """The state without the rows that are over and, where all are stuck, the one that was admitted last, which waits again."""
-    evicted_B = stuck & (state.request == jnp.max(state.request))
-    gone_B = over_B | evicted_B
-    waiting = state.waiting.at[jnp.where(evicted_B, state.request, state.waiting.shape[0])].set(True, mode="drop")
-    return state.replace(
-        cache=paged.release(state.cache, gone_B),
-        request=jnp.where(gone_B, -1, state.request),
-        waiting=waiting,
-        evictions=state.evictions + jnp.sum(evicted_B),
-    )
+def leave(state: State, gone_B) -> State:
+    """The state without what these rows hold: they are idle."""
+    return state.replace(cache=paged.release(state.cache, gone_B), request=jnp.where(gone_B, -1, state.request))
+
+
+def unstuck(state: State) -> State:
+    """The state where somebody can go on, unless all are at their end: where nobody can, the request that was admitted last gives
+    back what it has, at least a page, and the oldest one, which needs no more, takes it."""
+    evicted_B = ~jnp.any(state.granted) & (state.request >= 0) & (state.request == jnp.max(state.request))
+    whose_B = jnp.where(evicted_B, state.request, state.waiting.shape[0])
+    waiting, evictions = state.waiting.at[whose_B].set(True, mode="drop"), state.evictions + jnp.sum(evicted_B)
+    return admit(leave(state, evicted_B).replace(waiting=waiting, evictions=evictions))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -178,7 +195,7 @@ def _run(cfg, sampler, paging, vocabulary, ops, params, steering, text_NxW, coun
     B = min(paging.rows, N)
     allowed_V = jnp.arange(cfg.vocabulary) < vocabulary
 
-    def read(width, state: State, count_B):
+    def read(state: State, width: int, count_B):
         """`count_B` more tokens of each row: float32 logits [B, V] behind the last of them, and the cache."""
         slots_BxT = state.cache.lens[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
         tokens_BxT = state.text.at[state.request[:, None], slots_BxT].get(mode="clip")
@@ -189,32 +206,29 @@ def _run(cfg, sampler, paging, vocabulary, ops, params, steering, text_NxW, coun
         logits_Bx1xV, cache, _ = decoder.advance(cfg, params, tokens_BxT, ctx, count_B, last=True)
         return logits_Bx1xV[:, 0], cache
 
-    def rest(state: State, count_B):
-        return jnp.zeros((B, cfg.vocabulary), jnp.float32), state.cache
-
-    def choose(logits_BxV, state: State):
+    def choose(state: State, logits_BxV):
         new_B = state.known[state.request] - counts_N[state.request]
         of = lambda request, t: jax.random.fold_in(jax.random.fold_in(key, request), t)
         return sampler(jax.vmap(of)(state.request, new_B), jnp.where(allowed_V[None], logits_BxV, -jnp.inf))
 
-    def turn(state: State) -> State:
-        state, left_B, granted_B = admit(state)
-        count_B = jnp.where(granted_B, jnp.minimum(left_B, paging.chunk), 0)
-        stuck = ~jnp.any(granted_B)
-        ways = rest, partial(read, 1), partial(read, paging.chunk)
-        which = jnp.where(stuck, 0, jnp.where(jnp.any(count_B > 1), 2, 1))
-        logits_BxV, cache = jax.lax.switch(which, ways, state, count_B)
-        state = state.replace(cache=cache)
-        token_B = choose(logits_BxV, state)
+    def turn(width: int, state: State) -> State:
+        count_B = jnp.where(state.granted, jnp.minimum(state.left, width), 0)
+        logits_BxV, cache = read(state, width, count_B)
+        token_B = choose(state, logits_BxV)
         stops_B = (token_B[:, None] == stop_ids[None, :]).any(-1)
-        state, over_B = chosen(state, counts_N, limit, token_B, granted_B & (count_B == left_B), stops_B)
-        return leave(state, over_B, stuck)
+        chose_B = state.granted & (count_B == state.left)
+        state, over_B = chosen(state.replace(cache=cache), counts_N, limit, token_B, chose_B, stops_B)
+        return admit(leave(state, over_B))
+
+    def turns(state: State) -> State:
+        # Loops of each width and no condition in one loop: XLA copies a cache that goes through a condition.
+        state = jax.lax.while_loop(lambda state: state.wide, partial(turn, paging.chunk), state)
+        return unstuck(jax.lax.while_loop(lambda state: state.narrow, partial(turn, 1), state))
 
     # No row is longer than the longest text, and none that was let in takes more pages than there are.
     most = min(W, paging.pages * paging.page)
     cache = paged.empty(cfg, B, most, paging.pages, paging.page, form=ops.cache)
-    none = jnp.asarray(0, jnp.int32)
-    start = State(cache, jnp.full(B, -1, jnp.int32), counts_N > 0, text_NxW, counts_N, none, none)
-    going = lambda state: jnp.any(state.waiting) | jnp.any(state.request >= 0)
-    state = jax.lax.while_loop(going, turn, start)
+    zeros_B, none = jnp.zeros(B, jnp.int32), jnp.asarray(0, jnp.int32)
+    start = State(cache, zeros_B - 1, zeros_B, zeros_B > 0, counts_N > 0, text_NxW, counts_N, none, none)
+    state = jax.lax.while_loop(lambda state: jnp.any(state.granted), turns, admit(start))
     return state.text, state.known, state.peak, state.evictions
