@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxpar.errors import UserError
 from jaxpar.models.config import ModelConfig
 from jaxpar.models.feedforward.dense import MLP, GatedMLP
-from jaxpar.pallas_kernels import formats, versions
+from jaxpar.pallas_kernels import formats
 
 if TYPE_CHECKING:
     from jaxpar.models.context import Ops
@@ -76,6 +76,8 @@ class QuantisedWeights:
         return {**params, "layers": layers}
 
     def _kernel(self, branch: str, name: str, entry: Tree) -> Tree:
+        from jaxpar.pallas_kernels import versions
+
         contract = CONTRACT.get((branch, name), 1)
         kernel = entry["kernel"]
         flat = kernel.reshape(kernel.shape[0], -1, *kernel.shape[1 + contract :])

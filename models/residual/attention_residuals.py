@@ -12,7 +12,6 @@ from typing import Literal
 
 from jaxpar.models.lazy import jax, jnp
 from jaxpar.models.residual.base import Deltas, Stack, again, dot, masked, number_of, seen, weighted
-from jaxpar.models.residual.depth_reads import reads
 from jaxpar.models.spec import Constant, ParamSpec
 
 
@@ -83,6 +82,9 @@ class AttentionResiduals(Deltas):
         return k if self.in_two and self.block % 2 == 0 and divisor % k == 0 else 0
 
     def ahead(self, cfg, params, slots_nxBxTxD, layer):
+        # Here, for that file imports JAX, which a command's `--help` does without.
+        from jaxpar.models.residual.depth_reads import reads
+
         readers = [params[name]["query"] * params[name]["scale"] for name in ("attention", "feedforward")]
         w_RxD = jnp.stack(readers, 1).reshape(-1, cfg.width).astype(jnp.float32)
         slots, mask = seen(slots_nxBxTxD, 2 * number_of(layer) // self.block)
