@@ -65,11 +65,19 @@ def explain_run(config: RunConfig, *, compiled: bool = False, topology: str | No
         length=config.data.length,
         compute_dtype=cfg.dtype,
         optimiser=optimiser,
+        wire=wire(cfg, config.data.length) if staged else None,
         microbatches=cuts,
         tensor=config.tensor,
         compiled=made,
     )
     return replace(found, text=f"{found.text}\n{note}") if note else found
+
+
+def wire(cfg, length: int) -> int:
+    """Bytes of a token that cross from stage to stage: the residual operator's state, and where FREE's distillation is on the
+    exit's beside it. What routers counted is left out, two numbers a row."""
+    states = 2 if cfg.exits.at and cfg.exits.loss.distillation else 1
+    return states * cfg.residual.wire_bytes(cfg, 1, length) // length
 
 
 def settled(config: RunConfig) -> MeshConfig:

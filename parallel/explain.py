@@ -15,8 +15,8 @@ The collectives derive from the rules alone, so that they can be read before any
   backward pass, once for all kernels that read the same input (XLA:CPU does not merge these: one for each kernel). Where
   a run spreads the tokens between branches, it is a reduce-scatter and an all-gather instead, or the hops of a ring
   (`jaxpar.parallel.tensor.cost`), and gradients of norms and biases are summed over `tensor` too.
-- A layer on `stage` is used where it lies, and nothing gathers it. What travels is [B, T, D]: each microbatch once to
-  the next stage, and its gradient back.
+- A layer on `stage` is used where it lies, and nothing gathers it. What travels is each microbatch's
+  [B, T, D] once to the next stage, as many of them as the residual operator's state holds, and gradients back.
 - Tokens on `sequence` need the keys and values of the others: these go round a ring, in the forward and again in the
   backward pass, and their float32 gradients with them. Other kinds of attention send other amounts
   (`jaxpar.parallel.sequence.choose`).
@@ -95,6 +95,7 @@ def explain(
     tensor: TensorConfig = TensorConfig(),
     compute_dtype: str = "float32",
     optimiser: Tree | None = None,
+    wire: int | None = None,
     compiled: Any = None,
 ) -> Explanation:
     """Explain a layout. No device is needed; check it first with `jaxpar.parallel.rules.check`.
@@ -107,6 +108,7 @@ def explain(
       tensor: how products over the tensor axis are computed.
       compute_dtype: the dtype in which weights are gathered and gradients summed.
       optimiser: the specs of the optimiser's state. None: two float32 moments for each parameter (AdamW).
+      wire: bytes of a token that cross from stage to stage. None: one vector of the model's width.
       compiled: a compiled step (`jit(f).lower(...).compile()`) or its text: its collectives are counted.
     """
     sizes = mesh_sizes(mesh)
@@ -118,7 +120,7 @@ def explain(
         activations = [
             *activation_collectives(leaves, rules, sizes, rows, length, compute_dtype, tied, tensor),
             *ring_collectives(leaves, rules, sizes, rows, length, compute_dtype),
-            *stage_collectives(leaves, rules, sizes, rows, length, compute_dtype, microbatches),
+            *stage_collectives(leaves, rules, sizes, rows, length, compute_dtype, microbatches, wire),
         ]
     params = sum(local_bytes(leaf, rules, sizes) for _, leaf in leaves)
     moments = 2 * sum(local_bytes(leaf, rules, sizes) // itemsize(leaf.dtype) * 4 for _, leaf in leaves)
@@ -235,14 +237,14 @@ def ring_collectives(leaves: list, rules: Rules, sizes, rows, length, dtype) -> 
     return found
 
 
-def stage_collectives(leaves: list, rules: Rules, sizes, rows, length, dtype, microbatches: int) -> list[Collective]:
-    """What a stage in the middle sends: each microbatch's activation to the next stage, and its gradient back."""
+def stage_collectives(leaves: list, rules, sizes, rows, length, dtype, microbatches: int, wire) -> list[Collective]:
+    """What a stage in the middle sends: each microbatch's activations to the next stage, and their gradients back."""
     stages = sizes.get(STAGE, 1)
     stacked = [leaf for _, leaf in leaves if STAGE in _placed(leaf, rules) and "embed" in leaf.axes]
     if stages == 1 or not stacked:
         return []
     width = stacked[0].shape[stacked[0].axes.index("embed")]
-    nbytes = _tokens(rules, sizes, rows, length) // microbatches * width * itemsize(dtype)
+    nbytes = _tokens(rules, sizes, rows, length) // microbatches * (width * itemsize(dtype) if wire is None else wire)
     return [
         Collective("collective-permute", (STAGE,), stages, nbytes, microbatches, what)
         for what in ("forward to the next stage", "backward to the stage before")

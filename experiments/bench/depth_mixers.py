@@ -10,7 +10,7 @@ Expected:  a table, and results/depth_mixers_<platform>.json with a plot. The go
 
 The whole step of a Llama (forward, backward, clipping, AdamW; the state donated), scanned over layers. A round runs one step of
 each operator; quoted is the median over rounds of the ratio to the plain step of the same round, and the ratio of the compiled
-steps' temporary bytes. "again" is the plain step against a second copy of itself: how much of a ratio is noise.
+steps' temporary bytes, and of what a pipeline would send from stage to stage. "again" is the plain step against a second copy of itself: how much of a ratio is noise.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def study(options) -> Iterator[dict]:
     }
     found = {}
     for layers in options.layers:
-        made = {}
+        made, sent = {}, {}
         for name, mixer in chosen.items():
             cfg = llama(
                 layers,
@@ -83,20 +83,31 @@ def study(options) -> Iterator[dict]:
                 residual=mixer,
             )
             made[name] = stepping(cfg, options.rows)
+            sent[name] = mixer.wire_bytes(cfg, options.rows, options.length)
         timed = rounds_of({name: run for name, (run, _) in made.items()}, options.rounds)
         plain = made["plain"][1]
         found[layers] = {
-            name: {**row, "bytes": made[name][1], "bytes_ratio": made[name][1] / plain} for name, row in timed.items()
+            name: {
+                **row,
+                "bytes": made[name][1],
+                "bytes_ratio": made[name][1] / plain,
+                "wire_bytes": sent[name],
+                "wire_ratio": sent[name] / sent["plain"],
+            }
+            for name, row in timed.items()
         }
         print(f"{layers} layers: plain step {1e3 * timed['plain']['seconds']:.0f} ms", flush=True)
         yield found
 
 
 def table(found: dict) -> str:
-    lines = ["time (memory)".ljust(30) + "".join(f"{n} layers".rjust(16) for n in found)]
+    lines = ["time (memory), boundary".ljust(30) + "".join(f"{n} layers".rjust(18) for n in found)]
     for name in next(iter(found.values())):
-        cells = (f"{row[name]['ratio']:.3f} ({row[name]['bytes_ratio']:.2f})" for row in found.values())
-        lines.append(name.ljust(30) + "".join(cell.rjust(16) for cell in cells))
+        cells = (
+            f"{row[name]['ratio']:.3f} ({row[name]['bytes_ratio']:.2f}), {row[name]['wire_ratio']:.0f}"
+            for row in found.values()
+        )
+        lines.append(name.ljust(30) + "".join(cell.rjust(18) for cell in cells))
     return "\n".join(lines)
 
 

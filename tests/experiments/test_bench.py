@@ -71,5 +71,6 @@ def test_recovery_and_depth_mixers(tmp_path, capsys):
     result = depth_mixers.main([*small, "--out", str(tmp_path)])
     assert set(result[2]) == {"plain", "again", "deep delta", "deep delta, 4 channels over tokens"}
     assert result[2]["deep delta"]["bytes_ratio"] > 1 == result[2]["plain"]["ratio"]
+    assert result[2]["deep delta, 4 channels over tokens"]["wire_ratio"] == 4
     assert (tmp_path / "depth_mixers_cpu.png").stat().st_size > 1000
     assert "deep delta" in capsys.readouterr().out

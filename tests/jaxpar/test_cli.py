@@ -321,6 +321,14 @@ def test_explain(capsys):
     assert "[L_stage, D, H, K]" in out
     assert main(["explain", "tiny", "--mesh", "sequence=4", "--sequence.attention", "auto"]) == 0
     assert "sequence.attention = auto: ulysses (exposed communication: ulysses" in capsys.readouterr().out
+    # What crosses from stage to stage is the residual operator's state.
+    sent = {}
+    for operator in ("plain", "mudd-former", "hyper-connections"):
+        assert main(["explain", "tiny", "--mesh", "stage=2", "--residual", operator]) == 0
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("forward to the next stage ")]
+        sent[operator] = float(line.split("|")[3].removesuffix("KiB "))
+    layers = tiny().model.layers
+    assert sent == {"plain": 16.0, "mudd-former": (1 + layers) * 16.0, "hyper-connections": 4 * 16.0}
     assert main(["explain", "tiny", "--topology"]) == 2
     assert "write for instance --topology v5e:2x4" in capsys.readouterr().err
     if not installed():
