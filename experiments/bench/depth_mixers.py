@@ -9,8 +9,9 @@ Expected:  a table, and results/depth_mixers_<platform>.json with a plot. The go
            CPU cores that were shared, at width 2048 the delta rule 1.063 on an H200.
 
 The whole step of a Llama (forward, backward, clipping, AdamW; the state donated), scanned over layers. A round runs one step of
-each operator; quoted is the median over rounds of the ratio to the plain step of the same round, and the ratio of the compiled
-steps' temporary bytes, and of what a pipeline would send from stage to stage. "again" is the plain step against a second copy of itself: how much of a ratio is noise.
+each operator; quoted are the medians over rounds of the ratio to the plain step of the same round, of time and of processor
+time, and the ratios of the compiled steps' temporary bytes and of what a pipeline would send from stage to stage. "again" is the
+plain step against a second copy of itself: how much of a ratio is noise.
 """
 
 from __future__ import annotations
@@ -101,13 +102,13 @@ def study(options) -> Iterator[dict]:
 
 
 def table(found: dict) -> str:
-    lines = ["time (memory), boundary".ljust(30) + "".join(f"{n} layers".rjust(18) for n in found)]
+    lines = ["time, processor (memory), wire".ljust(36) + "".join(f"{n} layers".rjust(24) for n in found)]
     for name in next(iter(found.values())):
         cells = (
-            f"{row[name]['ratio']:.3f} ({row[name]['bytes_ratio']:.2f}), {row[name]['wire_ratio']:.0f}"
+            "{ratio:.3f}, {processor_ratio:.3f} ({bytes_ratio:.2f}), {wire_ratio:.0f}".format(**row[name])
             for row in found.values()
         )
-        lines.append(name.ljust(30) + "".join(cell.rjust(18) for cell in cells))
+        lines.append(name.ljust(36) + "".join(cell.rjust(24) for cell in cells))
     return "\n".join(lines)
 
 

@@ -66,14 +66,26 @@ def stepping(cfg: Any, rows: int, transforms: Callable | tuple = ()) -> tuple[Ca
 
 
 def rounds_of(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict]:
-    """By name: the median ratio to the first step, the median of the seconds, and all of them."""
+    """By name: the median ratio to the first step, the median of the seconds, and all of them; and the median ratio of the
+    processor time that this process took, all its threads, which other work on the machine moves less than the clock."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    busy: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds):
         for name in list(steps) if i % 2 else list(reversed(steps)):
+            start = time.process_time()
             seconds[name].append(steps[name]())
-    first = next(iter(seconds.values()))
-    ratio = lambda name: statistics.median(a / b for a, b in zip(seconds[name], first, strict=True))
+            busy[name].append(time.process_time() - start)
+
+    def ratio(taken: dict[str, list[float]], name: str) -> float:
+        first = next(iter(taken.values()))
+        return statistics.median(a / b for a, b in zip(taken[name], first, strict=True))
+
     return {
-        name: {"ratio": ratio(name), "seconds": statistics.median(seconds[name]), "all": seconds[name]}
+        name: {
+            "ratio": ratio(seconds, name),
+            "processor_ratio": ratio(busy, name),
+            "seconds": statistics.median(seconds[name]),
+            "all": seconds[name],
+        }
         for name in steps
     }
