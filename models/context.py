@@ -70,11 +70,6 @@ def unconstrained(x, axes: tuple[str | None, ...]):
     return x
 
 
-def at_hand(sums):
-    """The sums over rows that are whole: as they are."""
-    return sums
-
-
 @dataclass(frozen=True)
 class Ops:
     """The functions that a block calls: the one way in for sequence parallelism, quantised matmuls and shardings.
@@ -87,7 +82,6 @@ class Ops:
         mesh.
       shards: what of tokens, kernels and vocabulary is at hand, see `jaxpar.models.shards`.
       rows: where the tokens of a row lie, see `jaxpar.models.rows`.
-      whole_row: (sums over the tokens at hand) -> over all tokens of their rows, where those lie on several devices.
       cache: the number format that generation keeps keys and values in. None: the compute dtype.
     """
 
@@ -97,8 +91,11 @@ class Ops:
     constrain: Callable = unconstrained
     shards: Whole = Whole()
     rows: Rows = Rows()
-    whole_row: Callable = at_hand
     cache: str | None = None
+
+    def whole_row(self, sums):
+        """Sums over the stream's tokens at hand -> over all tokens of their rows, which may lie on several devices."""
+        return self.rows.total(self.shards.total(sums))
 
     def columns(self, x_BxSxD, kernels: Sequence) -> list:
         """What the stream's tokens are with each of these kernels, which all read the same x: [B, T, ...] each."""

@@ -32,3 +32,7 @@ class Rows:
     def gather(self, x):
         """[B, n, ...] of each device -> [B, devices · n, ...], as they are stored."""
         return x
+
+    def total(self, x):
+        """A sum over the tokens at hand -> over those of all devices."""
+        return x

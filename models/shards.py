@@ -55,7 +55,7 @@ class Whole:
         return 0
 
     def total(self, x):
-        """A sum over the vocabulary at hand -> over all of it."""
+        """A sum over the vocabulary, or the stream's tokens, at hand -> over all of it."""
         return x
 
     def largest(self, x):

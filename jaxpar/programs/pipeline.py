@@ -31,7 +31,7 @@ from jaxpar.parallel.rules import Rules
 from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.sequence.rows import SpreadRows
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
-from jaxpar.programs.sequence import along_rows, arranged, batch_specs, by_hand, layout_for, local_attention
+from jaxpar.programs.sequence import arranged, batch_specs, by_hand, layout_for, local_attention
 from jaxpar.programs.stages import Places, parts_of
 from jaxpar.programs.tensor import hand_specs
 from jaxpar.step import Batch
@@ -184,11 +184,10 @@ class PipelineProgram:
         """The model as parts (`weights`: see `parts_of`), what each chunk is told, and this device's rows as m
         microbatches."""
         cfg, ops = self.cfg, self.ops
-        tokens = self.inside[1] if self.sizes[SEQUENCE] > 1 else ()
-        if tokens:
+        if self.sizes[SEQUENCE] > 1:
+            tokens = self.inside[1]
             rows = SpreadRows(self.sequence.layout, tokens)
             ops = replace(ops, attention=local_attention(self.sequence, tokens, ops.attention.interpret), rows=rows)
-        ops = along_rows(ops, (*tokens, TENSOR) if self.tensor.by_hand(self.sizes) else tokens)
 
         def context(micro: Batch) -> Context:
             return Context(

@@ -31,7 +31,6 @@ from jaxpar.parallel.sequence.config import SequenceConfig
 from jaxpar.parallel.sequence.layouts import Layout
 from jaxpar.parallel.sequence.links import links_of
 from jaxpar.parallel.sequence.rows import SpreadRows
-from jaxpar.parallel.tensor.config import TENSOR
 from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
 
@@ -140,11 +139,6 @@ def local_attention(config: SequenceConfig, axes: tuple[str, ...], interpret=Fal
     return attention
 
 
-def along_rows(ops: Ops, axes: tuple[str, ...]) -> Ops:
-    """What blocks call where the tokens of a row lie over these axes, which are manual."""
-    return replace(ops, whole_row=partial(jax.lax.psum, axis_name=axes)) if axes else ops
-
-
 def arranged(layout: Layout, batch: Batch) -> Batch:
     """The batch with its tokens in stored order."""
     return replace(
@@ -172,7 +166,6 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, config: SequenceConfig, hand
     if hand is not None:
         axes, rows, param_specs, gather = (*tokens, *hand.axes), hand.rows, hand.params, hand.gather
         ops = hand.ops(ops)
-    ops = along_rows(ops, (*tokens, TENSOR) if TENSOR in axes else tokens)
     # The axes of one device too: attention's kernels ask for all axes of the mesh.
     manual = set(axes) | {a for a, size in inside.shape.items() if size == 1}
 

@@ -25,7 +25,7 @@ from jaxpar.parallel.tensor import gathered
 from jaxpar.parallel.tensor.by_hand import ByHand
 from jaxpar.parallel.tensor.config import TENSOR, TensorConfig
 from jaxpar.programs.sequence import AXIS as SEQUENCE
-from jaxpar.programs.sequence import along_rows, batch_specs, local_loss
+from jaxpar.programs.sequence import batch_specs, local_loss
 from jaxpar.programs.whole import Loss
 from jaxpar.step import Batch
 
@@ -129,7 +129,7 @@ def loss_fn(cfg: ModelConfig, mesh: Mesh, ops: Ops, hand: Hand) -> Loss:
 
     Differentiable from outside: gradients of what each device holds whole are summed over the axes once, at the end.
     """
-    ops = along_rows(hand.ops(ops), (TENSOR,))
+    ops = hand.ops(ops)
 
     def loss(params: Tree, batch: Batch, key, route: Route | None = None):
         places = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)

@@ -38,7 +38,7 @@ def loop(cfg, layer: Callable, stacked: Tree, state: tuple[Stack, ...], given: T
     for start, stop, size in ((0, whole, k), (whole, n, n - whole)):
         if start == stop:
             continue
-        some = stacked if stop - start == n else jax.tree.map(lambda x: x[start:stop], stacked)  # noqa: B023
+        some = stacked if stop - start == n else jax.tree.map(lambda x, a=start, b=stop: x[a:b], stacked)
         slots = _blocks(cfg, layer, some, tuple(s.slots for s in state), given, first + start, stop - start, size)
         # A block that is cut short goes on behind these layers.
         open_at = cfg.residual.places(cfg, first + n - 1)[-1] if size < k else None
@@ -54,7 +54,7 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
     mixer: StackMixer = cfg.residual
     unroll = cfg.layer_loop == "unroll"
     # Known where each layer has a program of its own.
-    over = (lambda n: range(n)) if unroll else np.arange
+    over = range if unroll else np.arange
     blocks = over(n // k)
     pulls = Pulls()
     # A number that is known stays so; one that is traced goes through the passes as they are given it.

@@ -4,25 +4,22 @@ arrays that are at hand when they run."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxpar.models.residual.base import slot
 from jaxpar.pallas_kernels.varying import varies_over_type, varying
 
 Tree = Any
 
 
-def at(tree: Tree, i) -> Tree:
-    """Row i of leaves [n, ...], or of a list."""
-    return jax.tree.map(lambda x: x[i], tree)
-
-
 def rows(tree: Tree, n: int, unroll: bool):
     """Leaves [n, ...] as `turns` takes them. Unrolled, a list: what a layer keeps may have other shapes there than what the
     next does."""
-    return [at(tree, i) for i in range(n)] if unroll else tree
+    return [pick(tree, i) for i in range(n)] if unroll else tree
 
 
 def turns(body: Callable, carry: Tree, *xs, n: int, unroll: bool, reverse: bool = False):
@@ -36,8 +33,8 @@ def turns(body: Callable, carry: Tree, *xs, n: int, unroll: bool, reverse: bool 
 
 
 def table(like: Tree, n: int, unroll: bool):
-    """Room for n rows of arrays of these types (`jax.typeof`), to be carried through loops: what `jax.lax.scan` does for one loop alone, where
-    the rows of an inner loop would be copied into those of the outer one. Unrolled, a list."""
+    """Room for n rows of arrays of these types (`jax.typeof`), to be carried through nested loops: those that `jax.lax.scan`
+    makes in an inner loop are copied into those of the outer one. Unrolled, a list."""
     if unroll:
         return [None] * n
     return jax.tree.map(lambda x: varying(jnp.zeros((n, *x.shape), x.dtype), varies_over_type(x)), like)
@@ -52,9 +49,7 @@ def put(rows, i, row: Tree):
 
 def pick(rows, i) -> Tree:
     """Row i of a `table`, or of leaves [n, ...]; i may be traced."""
-    if isinstance(rows, list):
-        return rows[i]
-    return jax.tree.map(lambda x: x[i] if isinstance(i, int) else jax.lax.dynamic_index_in_dim(x, i, 0, False), rows)
+    return rows[i] if isinstance(rows, list) else jax.tree.map(partial(slot, i=i), rows)
 
 
 class Pulls:
@@ -87,6 +82,6 @@ def take(g_slots, places: tuple) -> tuple[tuple, Any]:
     """The gradients of what a layer wrote into these slots, and what is left: of what stood there before, nothing."""
     taken = []
     for place in reversed(places):
-        taken.insert(0, jax.lax.dynamic_index_in_dim(g_slots, place, 0, keepdims=False))
+        taken.insert(0, slot(g_slots, place))
         g_slots = jax.lax.dynamic_update_index_in_dim(g_slots, jnp.zeros_like(taken[0]), place, 0)
     return tuple(taken), g_slots
