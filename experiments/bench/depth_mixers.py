@@ -6,7 +6,7 @@ Command:   python -m jaxpar.experiments.bench.depth_mixers
              --dtype bfloat16 --remat dots --only "deep delta" "block attention"                                  (on a GPU)
 Expected:  a table, and results/depth_mixers_<platform>.json with a plot. The goal for block attention residuals and for the
            scalar delta rule is 1.08 of the plain step at 16 layers; at width 256 they took 1.087 and 1.061 on two CPU
-           cores, at width 2048 the delta rule 1.063 on an H200.
+           cores, at width 2048 1.116 and 1.070 on an H200.
 
 The whole step of a Llama (forward, backward, clipping, AdamW; the state donated), scanned over layers. A round runs one step of
 each operator; quoted are the medians over rounds of the ratio to the plain step of the same round, of time and of processor
