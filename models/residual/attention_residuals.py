@@ -87,12 +87,10 @@ class AttentionResiduals(Deltas):
 
         readers = [params[name]["query"] * params[name]["scale"] for name in ("attention", "feedforward")]
         w_RxD = jnp.stack(readers, 1).reshape(-1, cfg.width).astype(jnp.float32)
-        last = 2 * number_of(layer) // self.block
-        if isinstance(last, int):
-            slots_nxBxTxD, last = slots_nxBxTxD[: last + 1], None
+        slots, mask = seen(slots_nxBxTxD, 2 * number_of(layer) // self.block)
         # A branch's place among its layer's two goes last.
         apart = lambda x: x.reshape(*x.shape[:2], -1, 2, *x.shape[3:])
-        return jax.tree.map(apart, reads(w_RxD, slots_nxBxTxD, last, self.epsilon))
+        return jax.tree.map(apart, reads(w_RxD, slots, mask, self.epsilon))
 
     def logits(self, params, x):
         """How much a reader likes sources [..., D]: float32 [...]. Norm and product in one pass, in float32."""

@@ -13,16 +13,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxpar.models.residual.base import dot
+from jaxpar.models.residual.base import dot, masked
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def reads(w_RxD, x_nxBxTxD, last, epsilon: float):
-    """`softmax_i(w_r · RMSNorm(x_i)) · x_i` over sources i up to `last` for each reader r, to be merged with other parts.
+def reads(w_RxD, x_nxBxTxD, visible_n, epsilon: float):
+    """`softmax_i(w_r · RMSNorm(x_i)) · x_i` over visible sources i for each reader r, to be merged with other parts.
 
     Args:
       w_RxD: float32, queries times the scales of their norms.
-      last: int32 scalar: each number of sources has a program, which goes over no others. None: all of them.
+      visible_n: bool [n]. None: all of them.
       epsilon: of the norms.
 
     Returns:
@@ -30,77 +30,52 @@ def reads(w_RxD, x_nxBxTxD, last, epsilon: float):
       exponentials of logits less their maximum. No gradient comes from the maximum: what is merged does not depend on it.
       It has no forward-mode derivative.
     """
-    return _reads(w_RxD, x_nxBxTxD, last, epsilon)[0]
+    return _reads(w_RxD, x_nxBxTxD, visible_n, epsilon)[0]
 
 
-def _for_count(last, n: int, run, *args):
-    """`run(count, *args)` of the `last + 1` sources that are seen of n."""
-    if last is None:
-        return run(n, *args)
-    return jax.lax.switch(last, [partial(run, count) for count in range(1, n + 1)], *args)
+def _reads(w_RxD, x_nxBxTxD, visible_n, epsilon):
+    raw_nxBxTxR = products(x_nxBxTxD, w_RxD)
+    inverse_nxBxT = jax.lax.rsqrt(dot(x_nxBxTxD, x_nxBxTxD) / x_nxBxTxD.shape[-1] + epsilon)
+    logits_nxBxTxR = masked(visible_n, raw_nxBxTxR * inverse_nxBxT[..., None], -jnp.inf)
+    top_BxTxR = logits_nxBxTxR.max(0)
+    e_nxBxTxR = jnp.exp(logits_nxBxTxR - top_BxTxR[None])
+    weights_nxBxTxR = e_nxBxTxR.astype(x_nxBxTxD.dtype).astype(raw_nxBxTxR.dtype)
+    parts = (w[..., None] * x.astype(w.dtype)[:, :, None] for w, x in zip(weights_nxBxTxR, x_nxBxTxD, strict=True))
+    out_BxTxRxD = sum(parts).astype(x_nxBxTxD.dtype)
+    return (out_BxTxRxD, top_BxTxR, e_nxBxTxR.sum(0)), (raw_nxBxTxR, inverse_nxBxT, e_nxBxTxR)
 
 
-def _filled(rows, n: int):
-    """n rows, zeros behind those that there are."""
-    return rows if len(rows) == n else jnp.pad(rows, ((0, n - len(rows)), *((0, 0),) * (rows.ndim - 1)))
-
-
-def _reads(w_RxD, x_nxBxTxD, last, epsilon):
-    n = len(x_nxBxTxD)
-
-    def run(count, w_RxD, x_nxBxTxD):
-        x_nxBxTxD = x_nxBxTxD[:count]
-        raw_nxBxTxR = products(x_nxBxTxD, w_RxD)
-        inverse_nxBxT = jax.lax.rsqrt(dot(x_nxBxTxD, x_nxBxTxD) / x_nxBxTxD.shape[-1] + epsilon)
-        logits_nxBxTxR = raw_nxBxTxR * inverse_nxBxT[..., None]
-        top_BxTxR = logits_nxBxTxR.max(0)
-        e_nxBxTxR = jnp.exp(logits_nxBxTxR - top_BxTxR[None])
-        weights_nxBxTxR = e_nxBxTxR.astype(x_nxBxTxD.dtype).astype(raw_nxBxTxR.dtype)
-        parts = (w[..., None] * x.astype(w.dtype)[:, :, None] for w, x in zip(weights_nxBxTxR, x_nxBxTxD, strict=True))
-        out_BxTxRxD = sum(parts).astype(x_nxBxTxD.dtype)
-        kept = tuple(_filled(rows, n) for rows in (raw_nxBxTxR, inverse_nxBxT, e_nxBxTxR))
-        return (out_BxTxRxD, top_BxTxR, e_nxBxTxR.sum(0)), kept
-
-    return _for_count(last, n, run, w_RxD, x_nxBxTxD)
-
-
-def _forward(w_RxD, x_nxBxTxD, last, epsilon):
-    out, kept = _reads(w_RxD, x_nxBxTxD, last, epsilon)
-    return out, (w_RxD, x_nxBxTxD, last, kept)
+def _forward(w_RxD, x_nxBxTxD, visible_n, epsilon):
+    out, kept = _reads(w_RxD, x_nxBxTxD, visible_n, epsilon)
+    return out, (w_RxD, x_nxBxTxD, *kept)
 
 
 def _backward(epsilon, saved, gradients):
-    w_RxD, x_nxBxTxD, last, kept = saved
-    n = len(x_nxBxTxD)
+    w_RxD, x_nxBxTxD, raw_nxBxTxR, inverse_nxBxT, e_nxBxTxR = saved
+    g_BxTxRxD, _, g_sum_BxTxR = gradients
+    precise = raw_nxBxTxR.dtype
+    # Source by source, and with tokens as one axis below: XLA on a CPU takes a third longer over whole einsums.
+    exact = partial(jnp.einsum, preferred_element_type=precise, precision="highest")
+    d_e = jnp.stack([exact("btrd,btd->btr", g_BxTxRxD, x_BxTxD) for x_BxTxD in x_nxBxTxD])
+    # Where a source is not seen, e is 0.
+    d_logits_nxBxTxR = e_nxBxTxR * (d_e + g_sum_BxTxR[None])
+    d_raw_nxBxTxR = d_logits_nxBxTxR * inverse_nxBxT[..., None]
+    d_norm_nxBxT = (d_logits_nxBxTxR * raw_nxBxTxR).sum(-1) * inverse_nxBxT**3 / x_nxBxTxD.shape[-1]
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    narrow = flat(d_raw_nxBxTxR.astype(x_nxBxTxD.dtype))
+    d_w = jnp.einsum("mr,md->rd", narrow, flat(x_nxBxTxD), preferred_element_type=precise)
+    weights_nxBxTxR = e_nxBxTxR.astype(x_nxBxTxD.dtype).astype(precise)
 
-    def run(count, w_RxD, x_nxBxTxD, kept, gradients):
-        x_nxBxTxD = x_nxBxTxD[:count]
-        raw_nxBxTxR, inverse_nxBxT, e_nxBxTxR = (rows[:count] for rows in kept)
-        g_BxTxRxD, _, g_sum_BxTxR = gradients
-        precise = raw_nxBxTxR.dtype
-        # Source by source, and with tokens as one axis below: XLA on a CPU takes a third longer over whole einsums.
-        exact = partial(jnp.einsum, preferred_element_type=precise, precision="highest")
-        d_e = jnp.stack([exact("btrd,btd->btr", g_BxTxRxD, x_BxTxD) for x_BxTxD in x_nxBxTxD])
-        d_logits_nxBxTxR = e_nxBxTxR * (d_e + g_sum_BxTxR[None])
-        d_raw_nxBxTxR = d_logits_nxBxTxR * inverse_nxBxT[..., None]
-        d_norm_nxBxT = (d_logits_nxBxTxR * raw_nxBxTxR).sum(-1) * inverse_nxBxT**3 / x_nxBxTxD.shape[-1]
-        flat = lambda x: x.reshape(-1, x.shape[-1])
-        narrow = flat(d_raw_nxBxTxR.astype(x_nxBxTxD.dtype))
-        d_w = jnp.einsum("mr,md->rd", narrow, flat(x_nxBxTxD), preferred_element_type=precise)
-        weights_nxBxTxR = e_nxBxTxR.astype(x_nxBxTxD.dtype).astype(precise)
+    def of_source(x_BxTxD, weights_BxTxR, d_raw_BxTxR, d_norm_BxT):
+        d_x = -d_norm_BxT[..., None] * x_BxTxD.astype(precise)
+        for r in range(w_RxD.shape[0]):
+            d_x += weights_BxTxR[..., r, None] * g_BxTxRxD[:, :, r].astype(precise)
+            d_x += d_raw_BxTxR[..., r, None] * w_RxD[r].astype(precise)[None, None]
+        return d_x.astype(x_BxTxD.dtype)
 
-        def of_source(x_BxTxD, weights_BxTxR, d_raw_BxTxR, d_norm_BxT):
-            d_x = -d_norm_BxT[..., None] * x_BxTxD.astype(precise)
-            for r in range(w_RxD.shape[0]):
-                d_x += weights_BxTxR[..., r, None] * g_BxTxRxD[:, :, r].astype(precise)
-                d_x += d_raw_BxTxR[..., r, None] * w_RxD[r].astype(precise)[None, None]
-            return d_x.astype(x_BxTxD.dtype)
-
-        d_xs = tuple(map(of_source, x_nxBxTxD, weights_nxBxTxR, d_raw_nxBxTxR, d_norm_nxBxT))
-        # Each in a loop of its own: fused into the stack, a GPU computes them with narrow loads.
-        return d_w.astype(w_RxD.dtype), _filled(jnp.stack(jax.lax.optimization_barrier(d_xs)), n)
-
-    return *_for_count(last, n, run, w_RxD, x_nxBxTxD, kept, gradients), None
+    d_xs = tuple(map(of_source, x_nxBxTxD, weights_nxBxTxR, d_raw_nxBxTxR, d_norm_nxBxT))
+    # Each in a loop of its own: fused into the stack, a GPU computes them with narrow loads, and takes a fifth longer.
+    return d_w.astype(w_RxD.dtype), jnp.stack(jax.lax.optimization_barrier(d_xs)), None
 
 
 reads.defvjp(_forward, _backward)

@@ -17,8 +17,8 @@ def formula(w, x, visible):
     return jnp.einsum("nbtr,nbtd->btrd", jax.nn.softmax(logits, axis=0), x)
 
 
-def read(w, x, last):
-    out, top, total = reads(w, x, last, EPSILON)
+def read(w, x, visible):
+    out, top, total = reads(w, x, visible, EPSILON)
     return out.astype(total.dtype) / total[..., None], top
 
 
@@ -34,7 +34,7 @@ def test_values_and_gradients(last, dtype, limit):
         exact = [jnp.asarray(np.asarray(a, np.float64)) for a in (w, x)]
         expected, pull = jax.vjp(lambda w, x: formula(w, x, jnp.asarray(visible)), *exact)
         wanted = [np.asarray(a) for a in (expected, *pull(jnp.asarray(toward)))]
-    (found, _), pull = jax.vjp(lambda w, x: read(w, x, jnp.int32(last)), w, x)
+    (found, _), pull = jax.vjp(lambda w, x: read(w, x, jnp.asarray(visible)), w, x)
     got = [found, *pull((jnp.asarray(toward, jnp.float32), jnp.zeros((B, T, R), jnp.float32)))]
     for a, b in zip(got, wanted, strict=True):
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * max(np.linalg.norm(b), np.linalg.norm(toward))
