@@ -55,7 +55,8 @@ def keep() -> bool:
         mallopt = libc.mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    done = [mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_ARENA_MAX, 1)]
+    # -1 is never: any limit that fits an int would give back at once what is marked below, which is more.
+    done = [mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_ARENA_MAX, 1)]
     _mark_huge(libc)
     return all(done)
 

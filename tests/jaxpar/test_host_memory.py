@@ -1,8 +1,10 @@
 """Freed memory stays with the process: the kernel's own count of page faults says so."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,19 @@ def test_a_step_faults_no_pages():
         pytest.skip("the allocator is not glibc's")
     _, many = faults("plain")
     assert 2 * few < many
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the kernel has no huge pages to give")
+def test_the_part_of_the_heap_that_is_marked_for_huge_pages_stays():
+    program = "from jaxpar import host_memory; print(host_memory.keep()); print(open('/proc/self/smaps').read())"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kept, maps = run.stdout.split("\n", 1)
+    if kept == "False":
+        pytest.skip("the allocator is not glibc's")
+    areas = re.findall(r"^[0-9a-f]+-[0-9a-f]+ .*\[heap\]\nSize: +(\d+) kB\n(?:[A-Z].*\n)*?VmFlags:(.*)$", maps, re.M)
+    marked = sum(1024 * int(size) for size, flags in areas if "hg" in flags.split())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert marked >= min(host_memory.MOST, memory // 4) - 2 * host_memory.HUGE
 
 
 @pytest.mark.parametrize(("platforms", "found"), [("cpu", False), ("cuda,cpu", True), ("tpu", True)])
