@@ -110,13 +110,11 @@ class AttentionResiduals(Deltas):
 
     def merged(self, params, whole, rest_BxTxD, there):
         """`whole` slots and one more source, where it is `there`."""
-        o_BxTxD, m_BxT, l_BxT = whole
-        s_BxT = jnp.where(there, self.logits(params, rest_BxTxD), -jnp.inf)
-        top_BxT = jax.lax.stop_gradient(jnp.maximum(m_BxT, s_BxT))
-        old_BxT, new_BxT = jnp.exp(m_BxT - top_BxT), jnp.exp(s_BxT - top_BxT)
-        total_BxT = l_BxT * old_BxT + new_BxT
-        o_BxTxD = o_BxTxD.astype(jnp.float32) * (old_BxT / total_BxT)[..., None]
-        return (o_BxTxD + rest_BxTxD.astype(jnp.float32) * (new_BxT / total_BxT)[..., None]).astype(rest_BxTxD.dtype)
+        from jaxpar.models.residual.depth_reads import merge
+        from jaxpar.pallas_kernels.varying import alike
+
+        w_D = params["query"].astype(jnp.float32) * params["scale"].astype(jnp.float32)
+        return merge(*alike(w_D, whole, rest_BxTxD), there, self.epsilon)
 
     def mix(self, cfg, params, slots, layer, rest_BxTxD, first):
         """A branch's input: attention's (`first`) or the feed-forward's."""

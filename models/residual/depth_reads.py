@@ -1,9 +1,10 @@
-"""Softmax reads of many queries over one stack of sources, each token for itself: what a block of layers sees of the sources
-before it.
+"""Softmax reads over sources, each token for itself: of many queries over one stack of sources (what a block of layers sees of
+the sources before it), and of one source more, merged into such a part.
 
 The sources are the large thing here (n streams of the model's width), so both passes go over them a fixed number of times,
 however many readers there are, and the backward pass writes their gradient once. It is written out for that; XLA's own would
-write one for each reader and add them.
+write one for each reader and add them. That of a merge goes over its two streams and their gradient twice, for the sums over
+the width and for what is made of them, and keeps four numbers a token.
 """
 
 from __future__ import annotations
@@ -74,6 +75,62 @@ def _backward(epsilon, saved, gradients):
 
 
 reads.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def merge(w_D, whole, rest_BxTxD, there, epsilon: float):
+    """A part of a softmax, and one source more: `(e^m · o + e^s · rest) / (e^m · l + e^s)` with `s = w · RMSNorm(rest)`.
+
+    Args:
+      w_D: a query times the scale of its norm.
+      whole: the part, `(o, m, l)` as `reads` gives them: [B, T, D] and twice [B, T].
+      rest_BxTxD: the source.
+      there: whether it is visible: bool, may be traced. Where not, what it holds must still be finite.
+      epsilon: of the norm.
+
+    Returns:
+      [B, T, D] in the source's dtype, summed in float32 or better. No gradient goes to `m`. It has no forward-mode derivative.
+    """
+    return _merge(w_D, whole, rest_BxTxD, there, epsilon)[0]
+
+
+def _merge(w_D, whole, rest_BxTxD, there, epsilon):
+    o_BxTxD, m_BxT, l_BxT = whole
+    precise = jnp.promote_types(rest_BxTxD.dtype, jnp.float32)
+    raw_BxT = jnp.einsum(
+        "btd,d->bt", rest_BxTxD.astype(precise), w_D.astype(precise), precision=jax.lax.Precision.HIGHEST
+    )
+    inverse_BxT = jax.lax.rsqrt(dot(rest_BxTxD, rest_BxTxD) / rest_BxTxD.shape[-1] + epsilon)
+    s_BxT = jnp.where(there, raw_BxT * inverse_BxT, -jnp.inf)
+    top_BxT = jnp.maximum(m_BxT, s_BxT)
+    old_BxT, new_BxT = jnp.exp(m_BxT - top_BxT), jnp.exp(s_BxT - top_BxT)
+    total_BxT = l_BxT * old_BxT + new_BxT
+    old_BxT, new_BxT = old_BxT / total_BxT, new_BxT / total_BxT
+    out_BxTxD = o_BxTxD.astype(precise) * old_BxT[..., None] + rest_BxTxD.astype(precise) * new_BxT[..., None]
+    return out_BxTxD.astype(rest_BxTxD.dtype), (raw_BxT, inverse_BxT, old_BxT, new_BxT)
+
+
+def _merge_forward(w_D, whole, rest_BxTxD, there, epsilon):
+    out, kept = _merge(w_D, whole, rest_BxTxD, there, epsilon)
+    return out, (w_D, whole, rest_BxTxD, kept)
+
+
+def _merge_backward(epsilon, saved, g_BxTxD):
+    w_D, (o_BxTxD, m_BxT, _), rest_BxTxD, (raw_BxT, inverse_BxT, old_BxT, new_BxT) = saved
+    precise = raw_BxT.dtype
+    to_rest_BxT = dot(g_BxTxD, rest_BxTxD)
+    to_out_BxT = old_BxT * dot(g_BxTxD, o_BxTxD) + new_BxT * to_rest_BxT
+    d_s_BxT = new_BxT * (to_rest_BxT - to_out_BxT)
+    d_raw_BxT = d_s_BxT * inverse_BxT
+    d_norm_BxT = d_s_BxT * raw_BxT * inverse_BxT**3 / rest_BxTxD.shape[-1]
+    d_w_D = jnp.einsum("bt,btd->d", d_raw_BxT, rest_BxTxD.astype(precise), precision=jax.lax.Precision.HIGHEST)
+    g, rest, w = (x.astype(precise) for x in (g_BxTxD, rest_BxTxD, w_D))
+    d_rest = new_BxT[..., None] * g + d_raw_BxT[..., None] * w[None, None] - d_norm_BxT[..., None] * rest
+    d_whole = (old_BxT[..., None] * g).astype(o_BxTxD.dtype), jnp.zeros_like(m_BxT), -old_BxT * to_out_BxT
+    return d_w_D.astype(w_D.dtype), d_whole, d_rest.astype(rest_BxTxD.dtype), None
+
+
+merge.defvjp(_merge_forward, _merge_backward)
 
 
 def products(x_nxBxTxD, w_RxD):

@@ -48,7 +48,9 @@ def test_a_step_faults_no_pages():
     assert 2 * few < many
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the kernel has no huge pages to give")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the kernel has no huge pages to give"
+)
 def test_the_part_of_the_heap_that_is_marked_for_huge_pages_stays():
     program = "from jaxpar import host_memory; print(host_memory.keep()); print(open('/proc/self/smaps').read())"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

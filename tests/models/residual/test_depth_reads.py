@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpar.models.residual.depth_reads import products, reads
+from jaxpar.models.residual.depth_reads import merge, products, reads
 
 N, B, T, D, R, EPSILON = 4, 2, 3, 16, 5, 1e-3
 
@@ -39,6 +39,33 @@ def test_values_and_gradients(last, dtype, limit):
     for a, b in zip(got, wanted, strict=True):
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * max(np.linalg.norm(b), np.linalg.norm(toward))
     assert not np.asarray(got[2], np.float64)[last + 1 :].any()
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 3e-6), ("bfloat16", 2e-2)])
+def test_a_part_and_one_source_more_are_the_whole(there, dtype, limit):
+    """Values, and the gradients of query, sources and the source merged last, beside the formula over all of them."""
+    random = np.random.default_rng(7)
+    x = jnp.asarray(random.normal(size=(N, B, T, D)), dtype)
+    rest = jnp.asarray(3 * random.normal(size=(B, T, D)), dtype)
+    w = jnp.asarray(random.normal(size=(1, D)), jnp.float32)
+    toward = random.normal(size=(B, T, D))
+    visible = jnp.asarray([True] * N + [there])
+
+    def parted(w, x, rest):
+        part = reads(w, x, None, EPSILON)
+        return merge(w[0], tuple(a[:, :, 0] for a in part), rest, jnp.asarray(there), EPSILON)
+
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(np.asarray(a, np.float64)) for a in (w, x, rest)]
+        whole = lambda w, x, rest: formula(w, jnp.concatenate([x, rest[None]]), visible)[:, :, 0]
+        expected, pull = jax.vjp(whole, *exact)
+        wanted = [np.asarray(a) for a in (expected, *pull(jnp.asarray(toward)))]
+    found, pull = jax.vjp(parted, w, x, rest)
+    got = [found, *pull(jnp.asarray(toward, dtype))]
+    for a, b in zip(got, wanted, strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * max(np.linalg.norm(b), np.linalg.norm(toward))
+    assert there or not np.asarray(got[3], np.float64).any()
 
 
 def test_a_query_is_not_rounded_to_the_sources_format():
