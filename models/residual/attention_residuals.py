@@ -131,11 +131,8 @@ class AttentionResiduals(Deltas):
         first = site == "attention"
         if state.ahead is not None:
             rest_BxTxD = state.carry if first else state.fresh[0]
-            # Cut in here, so that no copy of a half is kept for the backward pass.
-            half = lambda ahead: jax.tree.map(lambda x: x[:, :, 0 if first else 1], ahead)
-            there = lambda layer: 2 * layer % self.block != 0 if first else True
-            run = lambda cfg, params, ahead, layer, rest: self.merged(params, half(ahead), rest, there(layer))
-            return again(run, cfg, params[site], state.ahead, layer, rest_BxTxD), None
+            there = 2 * number_of(layer) % self.block != 0 if first else True
+            return self.merged(params[site], state.ahead[not first], rest_BxTxD, there), None
         # What attention gave is a source of its own or the block's sum so far: by now a source in any case.
         rest_BxTxD = state.carry if first else state.fresh[0]
         if not self.in_two:

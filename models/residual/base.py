@@ -165,8 +165,8 @@ class Stack(NamedTuple):
       carry: what else goes from layer to layer.
       fresh: the sources of the layer at hand, which `commit` puts in their slots; empty between layers.
       stream: what the layer's second branch is told by its first; None between layers.
-      ahead: what the layer's branches see of the slots, where that was computed for several layers at once
-        (`StackMixer.ahead`); there are no slots then.
+      ahead: what the layer's branches see of the slots, a tree for attention and one for the feed-forward, where that was
+        computed for several layers at once (`StackMixer.ahead`); there are no slots then.
     """
 
     slots: Any
@@ -205,7 +205,7 @@ class StackMixer(DepthMixer):
         return 0
 
     def ahead(self, cfg, params, slots_nxBxTxD, layer):
-        """What k layers see of the slots, `layer` the first of them: a pytree of [B, T, k, ...].
+        """What both branches of k layers see of the slots, `layer` the first of them: a pytree of [B, T, k, 2, ...].
 
         Args:
           params: theirs of `spec`, leaves [k, ...].

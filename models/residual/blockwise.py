@@ -69,7 +69,12 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
         cut = lambda x: x[row : row + k] if unroll else jax.lax.dynamic_slice_in_dim(x, row, k)
         return jax.tree.map(cut, stacked["residual"])
 
-    share = lambda seen, j: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, j, 2, keepdims=False), seen)
+    # Branch by branch: cut out of the layer's part later, each would be copied for its backward pass, or kept.
+    at = lambda x, j, i: (0, 0, j, i, *(0,) * (x.ndim - 4))
+    cut = lambda x, j, i: jax.lax.dynamic_slice(x, at(x, j, i), (*x.shape[:2], 1, 1, *x.shape[4:]))[:, :, 0, 0]
+    put_in = lambda x, new, j, i: jax.lax.dynamic_update_slice(x, new[:, :, None, None], at(x, j, i))
+    branches = lambda seen, j: tuple(jax.tree.map(lambda x, i=i: cut(x, j, i), seen) for i in range(2))
+    share = lambda seen, j: tuple(branches(part, j) for part in seen)
     nothing = lambda tree: jax.tree.map(lambda x: varying(jnp.zeros_like(x), varies_over(x)), tree)
     none = lambda slots: nothing(tuple(s[0] for s in slots))
 
@@ -142,8 +147,9 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
                 row = b * k + j
                 at_hand = pick(stacked, row), share(seen, j), given
                 d_params, g_carry, d_told = pulls.joined(row if unroll else None, pick(kept, row), at_hand)(g_carry)
-                to_seen = lambda g, d: jax.lax.dynamic_update_index_in_dim(g, d, j, 2)
-                return (g_carry, jax.tree.map(to_seen, g_seen, d_told), put(d_stacked, row, d_params)), None
+                to_seen = lambda g, *d: put_in(put_in(g, d[0], j, 0), d[1], j, 1)
+                g_seen = tuple(jax.tree.map(to_seen, g, *d) for g, d in zip(g_seen, d_told, strict=True))
+                return (g_carry, g_seen, put(d_stacked, row, d_params)), None
 
             begin = tuple(fresh for (fresh,), _ in taken), nothing(seen), d_stacked
             (_, g_seen, d_stacked), _ = turns(one, begin, over(k), n=k, unroll=unroll, reverse=True)
