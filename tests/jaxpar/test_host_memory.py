@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: the kernel's own count of page faults says so."""
+"""Freed memory stays with the process, and marked for huge pages: the kernel's own counts and flags say so."""
 
 import os
 import re
