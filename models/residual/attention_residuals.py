@@ -81,16 +81,29 @@ class AttentionResiduals(Deltas):
         k = self.block // 2
         return k if self.in_two and self.block % 2 == 0 and divisor % k == 0 else 0
 
+    def readers(self, cfg, params):
+        """Of k layers, a layer's two beside each other: float32 [2k, D]."""
+        pairs = [params[name]["query"] * params[name]["scale"] for name in ("attention", "feedforward")]
+        return jnp.stack(pairs, 1).reshape(-1, cfg.width).astype(jnp.float32)
+
+    # What is imported in methods imports JAX, which a command's `--help` does without.
     def ahead(self, cfg, params, slots_nxBxTxD, layer):
-        # Here, for that file imports JAX, which a command's `--help` does without.
         from jaxpar.models.residual.depth_reads import reads
 
-        readers = [params[name]["query"] * params[name]["scale"] for name in ("attention", "feedforward")]
-        w_RxD = jnp.stack(readers, 1).reshape(-1, cfg.width).astype(jnp.float32)
         slots, mask = seen(slots_nxBxTxD, 2 * number_of(layer) // self.block)
+        found, kept = reads(self.readers(cfg, params), slots, mask, self.epsilon)
         # A branch's place among its layer's two goes last.
         apart = lambda x: x.reshape(*x.shape[:2], -1, 2, *x.shape[3:])
-        return jax.tree.map(apart, reads(w_RxD, slots, mask, self.epsilon))
+        return jax.tree.map(apart, found), kept
+
+    def ahead_back(self, cfg, params, slots_nxBxTxD, layer, kept, g_seen, g_nxBxTxD):
+        from jaxpar.models.residual.depth_reads import reads_back
+
+        w_RxD, pull = jax.vjp(lambda params: self.readers(cfg, params), params)
+        together = lambda g: g.reshape(*g.shape[:2], -1, *g.shape[4:])
+        count = 2 * number_of(layer) // self.block + 1
+        d_w, g = reads_back(w_RxD, slots_nxBxTxD, count, kept, jax.tree.map(together, g_seen), g_nxBxTxD)
+        return *pull(d_w), g
 
     def logits(self, params, x):
         """How much a reader likes sources [..., D]: float32 [...]. Norm and product in one pass, in float32."""

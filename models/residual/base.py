@@ -197,7 +197,8 @@ class StackMixer(DepthMixer):
 
     def together(self, cfg, divisor: int) -> int:
         """How many layers in a row see the same slots, so that these are looked at once for all of them; 0: each looks
-        itself. A mixer that says more has `ahead`.
+        itself. A mixer that says more has `ahead` and `ahead_back`, and blocks of so many layers write slots that follow
+        each other.
 
         Args:
           divisor: of the first layer's number; that number itself, where it is known.
@@ -205,10 +206,20 @@ class StackMixer(DepthMixer):
         return 0
 
     def ahead(self, cfg, params, slots_nxBxTxD, layer):
-        """What both branches of k layers see of the slots, `layer` the first of them: a pytree of [B, T, k, 2, ...].
+        """What both branches of k layers see of the slots, `layer` the first of them: a pytree of [B, T, k, 2, ...]; and what
+        `ahead_back` needs besides.
 
         Args:
           params: theirs of `spec`, leaves [k, ...].
+        """
+        raise NotImplementedError
+
+    def ahead_back(self, cfg, params, slots_nxBxTxD, layer, kept, g_seen, g_nxBxTxD):
+        """Its backward pass: the gradient of `params`, and that of the slots, `g_nxBxTxD` with what comes from here added.
+
+        Args:
+          kept, g_seen: what `ahead` gave besides, and the gradient of what it gave. `slots_nxBxTxD` may have been written
+            since, where nothing was seen.
         """
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.models.residual.base import Stack, StackMixer, number_of, slot
-from jaxpar.models.residual.turns import Pulls, pick, put, table, take, turns
+from jaxpar.models.residual.turns import Pulls, pick, put, table, turns
 from jaxpar.pallas_kernels.varying import varies_over, varying
 
 Tree = Any
@@ -61,8 +61,14 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
     start = lambda given: first if isinstance(first, int) else given
 
     def look(params, slots, number):
-        """What the block's layers see of the slots, for each part."""
-        return tuple(mixer.ahead(cfg, params, s, number) for s in slots)
+        """What the block's layers see of the slots, for each part, and what `look_back` needs besides."""
+        return zip(*(mixer.ahead(cfg, params, s, number) for s in slots), strict=True)
+
+    def look_back(params, slots, number, *rest):
+        """The gradients of the block's parameters, and those of the slots with what the block saw of them."""
+        each = [mixer.ahead_back(cfg, params, s, number, *of_s) for s, *of_s in zip(slots, *rest, strict=True)]
+        d_params, g_slots = zip(*each, strict=True)
+        return jax.tree.map(lambda *parts: sum(parts), *d_params), g_slots
 
     def own(stacked, row):
         """The parameters of the k layers from `row` on, as `ahead` has them."""
@@ -97,7 +103,7 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
     def run(stacked, slots, given, first):
         def block(slots, b):
             number = start(first) + b * k
-            seen = look(own(stacked, b * k), slots, number)
+            seen, _ = look(own(stacked, b * k), slots, number)
 
             def one(carry, j):
                 return forward(pick(stacked, b * k + j), carry, share(seen, j), given, number + j), None
@@ -111,7 +117,7 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
         def block(c, b):
             slots, kept = c
             number = start(first) + b * k
-            seen = look(own(stacked, b * k), slots, number)
+            seen, _ = look(own(stacked, b * k), slots, number)
 
             def one(c, j):
                 sums, new = pulled(stacked, c[0], seen, given, number + j, b * k + j, j)
@@ -125,7 +131,7 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
             # Traced once for the shapes alone.
             def rows_of(stacked, slots, given, first, j):
                 nonlocal like
-                seen = look(own(stacked, j), slots, first)
+                seen, _ = look(own(stacked, j), slots, first)
                 like = jax.tree.map(jax.typeof, pulled(stacked, none(slots), seen, given, first + j, j, j)[1])
 
             jax.eval_shape(rows_of, stacked, slots, given, first, jnp.int32(0))
@@ -138,9 +144,8 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
         def block(c, b):
             g_slots, d_stacked = c
             number = start(first) + b * k
-            taken = [take(g, mixer.places(cfg, number)[-1:]) for g in g_slots]
-            look_again = lambda params, slots: look(params, slots, number)
-            seen, pull_look = jax.vjp(look_again, own(stacked, b * k), last)
+            taken = tuple(slot(g, mixer.places(cfg, number)[-1]) for g in g_slots)
+            seen, of_look = look(own(stacked, b * k), last, number)
 
             def one(c, j):
                 g_carry, g_seen, d_stacked = c
@@ -151,13 +156,17 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
                 g_seen = tuple(jax.tree.map(to_seen, g, *d) for g, d in zip(g_seen, d_told, strict=True))
                 return (g_carry, g_seen, put(d_stacked, row, d_params)), None
 
-            begin = tuple(fresh for (fresh,), _ in taken), nothing(seen), d_stacked
+            begin = taken, nothing(seen), d_stacked
             (_, g_seen, d_stacked), _ = turns(one, begin, over(k), n=k, unroll=unroll, reverse=True)
-            d_own, d_slots = pull_look(g_seen)
-            return (tuple(left + d for (_, left), d in zip(taken, d_slots, strict=True)), d_stacked), d_own
+            d_own, g_slots = look_back(own(stacked, b * k), last, number, of_look, g_seen, g_slots)
+            return (g_slots, d_stacked), d_own
 
         begin = g_slots, table(jax.tree.map(lambda x: jax.typeof(x[0]), stacked), n, unroll)
         (g_slots, d_stacked), d_own = turns(block, begin, blocks, n=n // k, unroll=unroll, reverse=True)
+        # What stood where the blocks wrote has no gradient. Theirs stay there until now: no earlier block sees these slots.
+        where = mixer.places(cfg, start(first))[-1]
+        unwritten = lambda g: jax.lax.dynamic_update_slice_in_dim(g, nothing(g[: n // k]), where, 0)
+        g_slots = tuple(map(unwritten, g_slots))
         if unroll:
             d_stacked, d_own = (jax.tree.map(lambda *xs: jnp.stack(xs), *rows) for rows in (d_stacked, d_own))
         of_looks = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), d_own)

@@ -2,9 +2,9 @@
 the sources before it), and of one source more, merged into such a part.
 
 The sources are the large thing here (n streams of the model's width), so both passes go over them a fixed number of times,
-however many readers there are, and the backward pass writes their gradient once. It is written out for that; XLA's own would
-write one for each reader and add them. That of a merge goes over its two streams and their gradient twice, for the sums over
-the width and for what is made of them, and keeps four numbers a token.
+however many readers there are. The backward pass is written out for that, and adds to the sources' gradient where it lies:
+XLA's own would write one for each reader and add them up. That of a merge needs its result, which the norm behind it keeps in
+any case, in place of the part that was merged, which then need not be kept or computed again; and four numbers a token.
 """
 
 from __future__ import annotations
@@ -14,27 +14,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxpar.models.residual.base import dot, masked
+from jaxpar.models.residual.base import dot, masked, slot
+from jaxpar.pallas_kernels.varying import alike, varies_over, varying
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def reads(w_RxD, x_nxBxTxD, visible_n, epsilon: float):
     """`softmax_i(w_r · RMSNorm(x_i)) · x_i` over visible sources i for each reader r, to be merged with other parts.
 
     Args:
       w_RxD: float32, queries times the scales of their norms.
-      visible_n: bool [n]. None: all of them.
+      visible_n: bool [n], those that are not seen last. None: all of them.
       epsilon: of the norms.
 
     Returns:
-      Σ_i e_ri x_i [B, T, R, D] in the sources' dtype, max_i of the logits and Σ_i e_ri, float32 [B, T, R], where e_ri are
-      exponentials of logits less their maximum. No gradient comes from the maximum: what is merged does not depend on it.
-      It has no forward-mode derivative.
+      Two tuples. What was read: Σ_i e_ri x_i [B, T, R, D] in the sources' dtype, max_i of the logits and Σ_i e_ri, float32
+      [B, T, R], where e_ri are exponentials of logits less their maximum. And what `reads_back` needs besides the arguments.
     """
-    return _reads(w_RxD, x_nxBxTxD, visible_n, epsilon)[0]
-
-
-def _reads(w_RxD, x_nxBxTxD, visible_n, epsilon):
     raw_nxBxTxR = products(x_nxBxTxD, w_RxD)
     inverse_nxBxT = jax.lax.rsqrt(dot(x_nxBxTxD, x_nxBxTxD) / x_nxBxTxD.shape[-1] + epsilon)
     logits_nxBxTxR = masked(visible_n, raw_nxBxTxR * inverse_nxBxT[..., None], -jnp.inf)
@@ -46,35 +41,47 @@ def _reads(w_RxD, x_nxBxTxD, visible_n, epsilon):
     return (out_BxTxRxD, top_BxTxR, e_nxBxTxR.sum(0)), (raw_nxBxTxR, inverse_nxBxT, e_nxBxTxR)
 
 
-def _forward(w_RxD, x_nxBxTxD, visible_n, epsilon):
-    out, kept = _reads(w_RxD, x_nxBxTxD, visible_n, epsilon)
-    return out, (w_RxD, x_nxBxTxD, *kept)
+def reads_back(w_RxD, x_nxBxTxD, count, kept, g_read, g_nxBxTxD):
+    """The backward pass of `reads`: it goes over the sources that were seen, one after another, and over no others.
 
+    Args:
+      w_RxD, x_nxBxTxD: as `reads` had them; there may be more sources.
+      count: how many of them, from the first on, were seen. May be traced.
+      kept: what `reads` gave besides.
+      g_read: the gradients of what was read. None comes from the maximum: what is merged does not depend on it.
+      g_nxBxTxD: the sources' gradient so far.
 
-def _backward(epsilon, saved, gradients):
-    w_RxD, x_nxBxTxD, raw_nxBxTxR, inverse_nxBxT, e_nxBxTxR = saved
-    g_BxTxRxD, _, g_sum_BxTxR = gradients
-    precise = raw_nxBxTxR.dtype
-    d_e = jnp.einsum("btrd,nbtd->nbtr", g_BxTxRxD, x_nxBxTxD, preferred_element_type=precise, precision="highest")
-    # Where a source is not seen, e is 0.
-    d_logits_nxBxTxR = e_nxBxTxR * (d_e + g_sum_BxTxR[None])
-    d_raw_nxBxTxR = d_logits_nxBxTxR * inverse_nxBxT[..., None]
-    d_norm_nxBxT = (d_logits_nxBxTxR * raw_nxBxTxR).sum(-1) * inverse_nxBxT**3 / x_nxBxTxD.shape[-1]
-    d_w = jnp.einsum("nbtr,nbtd->rd", d_raw_nxBxTxR.astype(x_nxBxTxD.dtype), x_nxBxTxD, preferred_element_type=precise)
-    weights_nxBxTxR = e_nxBxTxR.astype(x_nxBxTxD.dtype).astype(precise)
+    Returns:
+      The gradient of w, and the sources' with what comes from here added to it.
+    """
+    w_RxD, x_nxBxTxD, kept, g_read, g_nxBxTxD = alike(w_RxD, x_nxBxTxD, kept, g_read, g_nxBxTxD)
+    g_BxTxRxD, _, g_sum_BxTxR = g_read
+    precise = kept[0].dtype
+    wide_RxD = w_RxD.astype(precise)
 
-    def of_source(x_BxTxD, weights_BxTxR, d_raw_BxTxR, d_norm_BxT):
-        d_x = -d_norm_BxT[..., None] * x_BxTxD.astype(precise)
-        for r in range(w_RxD.shape[0]):
-            d_x += weights_BxTxR[..., r, None] * g_BxTxRxD[:, :, r].astype(precise)
-            d_x += d_raw_BxTxR[..., r, None] * w_RxD[r].astype(precise)[None, None]
-        return d_x.astype(x_BxTxD.dtype)
+    def of_source(i, carry):
+        g_nxBxTxD, d_raw_nxBxTxR = carry
+        x_BxTxD, raw_BxTxR, inverse_BxT, e_BxTxR = (slot(rows, i) for rows in (x_nxBxTxD, *kept))
+        d_e_BxTxR = jnp.einsum("btrd,btd->btr", g_BxTxRxD, x_BxTxD, preferred_element_type=precise, precision="highest")
+        d_logits_BxTxR = e_BxTxR * (d_e_BxTxR + g_sum_BxTxR)
+        d_raw_BxTxR = d_logits_BxTxR * inverse_BxT[..., None]
+        d_norm_BxT = (d_logits_BxTxR * raw_BxTxR).sum(-1) * inverse_BxT**3 / x_BxTxD.shape[-1]
+        weights_BxTxR = e_BxTxR.astype(x_BxTxD.dtype).astype(precise)
+        # Where XLA computes numbers of a token again for each of its D, the sum below takes a CPU three times as long.
+        weights_BxTxR, d_raw_BxTxR, d_norm_BxT = jax.lax.optimization_barrier((weights_BxTxR, d_raw_BxTxR, d_norm_BxT))
+        d_x_BxTxD = -d_norm_BxT[..., None] * x_BxTxD.astype(precise)
+        for r in range(len(wide_RxD)):
+            d_x_BxTxD += weights_BxTxR[..., r, None] * g_BxTxRxD[:, :, r].astype(precise)
+            d_x_BxTxD += d_raw_BxTxR[..., r, None] * wide_RxD[r][None, None]
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return put(g_nxBxTxD, slot(g_nxBxTxD, i) + d_x_BxTxD.astype(g_nxBxTxD.dtype)), put(d_raw_nxBxTxR, d_raw_BxTxR)
 
-    d_x_nxBxTxD = jnp.stack(list(map(of_source, x_nxBxTxD, weights_nxBxTxR, d_raw_nxBxTxR, d_norm_nxBxT)))
-    return d_w.astype(w_RxD.dtype), d_x_nxBxTxD, None
-
-
-reads.defvjp(_forward, _backward)
+    none = varying(jnp.zeros_like(kept[0]), varies_over(kept[0]))
+    g_nxBxTxD, d_raw_nxBxTxR = jax.lax.fori_loop(0, count, of_source, (g_nxBxTxD, none))
+    x_nxBxTxD = x_nxBxTxD[: len(d_raw_nxBxTxR)]
+    narrow = d_raw_nxBxTxR.astype(x_nxBxTxD.dtype)
+    d_w_RxD = jnp.einsum("nbtr,nbtd->rd", narrow, x_nxBxTxD, preferred_element_type=precise)
+    return d_w_RxD.astype(w_RxD.dtype), g_nxBxTxD
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -112,21 +119,21 @@ def _merge(w_D, whole, rest_BxTxD, there, epsilon):
 
 def _merge_forward(w_D, whole, rest_BxTxD, there, epsilon):
     out, kept = _merge(w_D, whole, rest_BxTxD, there, epsilon)
-    return out, (w_D, whole, rest_BxTxD, kept)
+    return out, (w_D, rest_BxTxD, out, kept)
 
 
 def _merge_backward(epsilon, saved, g_BxTxD):
-    w_D, (o_BxTxD, m_BxT, _), rest_BxTxD, (raw_BxT, inverse_BxT, old_BxT, new_BxT) = saved
+    w_D, rest_BxTxD, out_BxTxD, (raw_BxT, inverse_BxT, old_BxT, new_BxT) = saved
     precise = raw_BxT.dtype
     to_rest_BxT = dot(g_BxTxD, rest_BxTxD)
-    to_out_BxT = old_BxT * dot(g_BxTxD, o_BxTxD) + new_BxT * to_rest_BxT
+    to_out_BxT = dot(g_BxTxD, out_BxTxD)
     d_s_BxT = new_BxT * (to_rest_BxT - to_out_BxT)
     d_raw_BxT = d_s_BxT * inverse_BxT
     d_norm_BxT = d_s_BxT * raw_BxT * inverse_BxT**3 / rest_BxTxD.shape[-1]
     d_w_D = jnp.einsum("bt,btd->d", d_raw_BxT, rest_BxTxD.astype(precise), precision=jax.lax.Precision.HIGHEST)
     g, rest, w = (x.astype(precise) for x in (g_BxTxD, rest_BxTxD, w_D))
     d_rest = new_BxT[..., None] * g + d_raw_BxT[..., None] * w[None, None] - d_norm_BxT[..., None] * rest
-    d_whole = (old_BxT[..., None] * g).astype(o_BxTxD.dtype), jnp.zeros_like(m_BxT), -old_BxT * to_out_BxT
+    d_whole = (old_BxT[..., None] * g).astype(out_BxTxD.dtype), jnp.zeros_like(old_BxT), -old_BxT * to_out_BxT
     return d_w_D.astype(w_D.dtype), d_whole, d_rest.astype(rest_BxTxD.dtype), None
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpar.models.residual.depth_reads import merge, products, reads
+from jaxpar.models.residual.depth_reads import merge, products, reads, reads_back
 
 N, B, T, D, R, EPSILON = 4, 2, 3, 16, 5, 1e-3
 
@@ -17,8 +17,32 @@ def formula(w, x, visible):
     return jnp.einsum("nbtr,nbtd->btrd", jax.nn.softmax(logits, axis=0), x)
 
 
+@jax.custom_vjp
+def part(w, x, visible):
+    """`reads` with its backward pass; of visible sources, where that is given."""
+    return reads(w, x, visible, EPSILON)[0]
+
+
+def part_forward(w, x, visible):
+    read, kept = reads(w, x, visible, EPSILON)
+    return read, (w, x, visible, kept)
+
+
+def part_backward(saved, g_read):
+    w, x, visible, kept = saved
+    count = len(x) if visible is None else visible.sum()
+    # Beside a gradient that is there already.
+    before = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), x.dtype)
+    d_w, g = reads_back(w, x, count, kept, g_read, before)
+    added = (g.astype(jnp.float32) - before.astype(jnp.float32)).astype(x.dtype)
+    return d_w, added, None
+
+
+part.defvjp(part_forward, part_backward)
+
+
 def read(w, x, visible):
-    out, top, total = reads(w, x, visible, EPSILON)
+    out, top, total = part(w, x, visible)
     return out.astype(total.dtype) / total[..., None], top
 
 
@@ -53,8 +77,7 @@ def test_a_part_and_one_source_more_are_the_whole(there, dtype, limit):
     visible = jnp.asarray([True] * N + [there])
 
     def parted(w, x, rest):
-        part = reads(w, x, None, EPSILON)
-        return merge(w[0], tuple(a[:, :, 0] for a in part), rest, jnp.asarray(there), EPSILON)
+        return merge(w[0], tuple(a[:, :, 0] for a in part(w, x, None)), rest, jnp.asarray(there), EPSILON)
 
     with jax.enable_x64(True):
         exact = [jnp.asarray(np.asarray(a, np.float64)) for a in (w, x, rest)]

@@ -97,6 +97,24 @@ def test_blocks_of_layers_that_look_at_sources_together_have_the_gradients_of_th
     assert_close(jax.value_and_grad(in_slices)(params, 0, 2, 2), expected)
 
 
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_what_stood_where_a_block_writes_has_no_gradient(loop):
+    cfg = CFG.replace(residual=AttentionResiduals(4, "two"), layer_loop=loop)
+    params = decoder.init(cfg, jax.random.key(0))
+
+    @jax.jit
+    def loss(slots):
+        state = decoder.embed(cfg, params, TOKENS, Context())
+        state, _ = decoder.blocks(cfg, params["layers"], state._replace(slots=slots), Context(), 0, divisor=4)
+        return decoder.head(cfg, params, state, Context(), TOKENS).loss_sum
+
+    found = jax.grad(loss)(
+        jnp.asarray(np.random.default_rng(0).normal(size=(3, *TOKENS.shape, cfg.width)), jnp.float32)
+    )
+    assert np.asarray(found[0]).any()
+    assert not np.asarray(found[1:]).any()
+
+
 def additions(cfg) -> int:
     """How often a training step adds up arrays as large as all sources."""
 
