@@ -91,10 +91,10 @@ class AttentionResiduals(Deltas):
         from jaxpar.models.residual.depth_reads import reads
 
         slots, mask = seen(slots_nxBxTxD, 2 * number_of(layer) // self.block)
-        found, kept = reads(self.readers(cfg, params), slots, mask, self.epsilon)
+        found = reads(self.readers(cfg, params), slots, mask, self.epsilon)
         # A branch's place among its layer's two goes last.
         apart = lambda x: x.reshape(*x.shape[:2], -1, 2, *x.shape[3:])
-        return jax.tree.map(apart, found), kept
+        return jax.tree.map(apart, found), found[1]
 
     def ahead_back(self, cfg, params, slots_nxBxTxD, layer, kept, g_seen, g_nxBxTxD):
         from jaxpar.models.residual.depth_reads import reads_back
@@ -102,7 +102,8 @@ class AttentionResiduals(Deltas):
         w_RxD, pull = jax.vjp(lambda params: self.readers(cfg, params), params)
         together = lambda g: g.reshape(*g.shape[:2], -1, *g.shape[4:])
         count = 2 * number_of(layer) // self.block + 1
-        d_w, g = reads_back(w_RxD, slots_nxBxTxD, count, kept, jax.tree.map(together, g_seen), g_nxBxTxD)
+        g_read = jax.tree.map(together, g_seen)
+        d_w, g = reads_back(w_RxD, slots_nxBxTxD, count, kept, g_read, g_nxBxTxD, self.epsilon)
         return *pull(d_w), g
 
     def logits(self, params, x):

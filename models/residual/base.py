@@ -207,7 +207,7 @@ class StackMixer(DepthMixer):
 
     def ahead(self, cfg, params, slots_nxBxTxD, layer):
         """What both branches of k layers see of the slots, `layer` the first of them: a pytree of [B, T, k, 2, ...]; and what
-        `ahead_back` needs besides.
+        is kept of it for `ahead_back`.
 
         Args:
           params: theirs of `spec`, leaves [k, ...].
@@ -218,7 +218,7 @@ class StackMixer(DepthMixer):
         """Its backward pass: the gradient of `params`, and that of the slots, `g_nxBxTxD` with what comes from here added.
 
         Args:
-          kept, g_seen: what `ahead` gave besides, and the gradient of what it gave. `slots_nxBxTxD` may have been written
+          kept, g_seen: as `ahead` gave it, and the gradient of what was seen. `slots_nxBxTxD` may have been written
             since, where nothing was seen.
         """
         raise NotImplementedError

@@ -61,7 +61,7 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
     start = lambda given: first if isinstance(first, int) else given
 
     def look(params, slots, number):
-        """What the block's layers see of the slots, for each part, and what `look_back` needs besides."""
+        """What the block's layers see of the slots, for each part, and what is kept of it."""
         return zip(*(mixer.ahead(cfg, params, s, number) for s in slots), strict=True)
 
     def look_back(params, slots, number, *rest):
@@ -117,14 +117,14 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
         def block(c, b):
             slots, kept = c
             number = start(first) + b * k
-            seen, _ = look(own(stacked, b * k), slots, number)
+            seen, of_look = look(own(stacked, b * k), slots, number)
 
             def one(c, j):
                 sums, new = pulled(stacked, c[0], seen, given, number + j, b * k + j, j)
                 return (sums, put(c[1], b * k + j, new)), None
 
             (sums, kept), _ = turns(one, (none(slots), kept), over(k), n=k, unroll=unroll)
-            return (commit(slots, sums, number), kept), None
+            return (commit(slots, sums, number), kept), of_look
 
         like = None
         if not unroll:
@@ -135,17 +135,18 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
                 like = jax.tree.map(jax.typeof, pulled(stacked, none(slots), seen, given, first + j, j, j)[1])
 
             jax.eval_shape(rows_of, stacked, slots, given, first, jnp.int32(0))
-        (slots, kept), _ = turns(block, (slots, table(like, n, unroll)), blocks, n=n // k, unroll=unroll)
-        return slots, (stacked, slots, given, first, kept)
+        (slots, kept), of_looks = turns(block, (slots, table(like, n, unroll)), blocks, n=n // k, unroll=unroll)
+        return slots, (stacked, slots, given, first, kept, of_looks)
 
     def back(saved, g_slots):
-        stacked, last, given, first, kept = saved
+        stacked, last, given, first, kept, of_looks = saved
 
         def block(c, b):
             g_slots, d_stacked = c
             number = start(first) + b * k
             taken = tuple(slot(g, mixer.places(cfg, number)[-1]) for g in g_slots)
-            seen, of_look = look(own(stacked, b * k), last, number)
+            # Of this, layers need what they do not keep: without rematerialisation nothing.
+            seen, _ = look(own(stacked, b * k), last, number)
 
             def one(c, j):
                 g_carry, g_seen, d_stacked = c
@@ -158,7 +159,7 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
 
             begin = taken, nothing(seen), d_stacked
             (_, g_seen, d_stacked), _ = turns(one, begin, over(k), n=k, unroll=unroll, reverse=True)
-            d_own, g_slots = look_back(own(stacked, b * k), last, number, of_look, g_seen, g_slots)
+            d_own, g_slots = look_back(own(stacked, b * k), last, number, pick(of_looks, b), g_seen, g_slots)
             return (g_slots, d_stacked), d_own
 
         begin = g_slots, table(jax.tree.map(lambda x: jax.typeof(x[0]), stacked), n, unroll)
@@ -169,8 +170,8 @@ def _blocks(cfg, layer, stacked, slots, given, first, n, k):
         g_slots = tuple(map(unwritten, g_slots))
         if unroll:
             d_stacked, d_own = (jax.tree.map(lambda *xs: jnp.stack(xs), *rows) for rows in (d_stacked, d_own))
-        of_looks = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), d_own)
-        return {**d_stacked, "residual": jax.tree.map(jnp.add, d_stacked["residual"], of_looks)}, g_slots, None, None
+        d_own = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), d_own)
+        return {**d_stacked, "residual": jax.tree.map(jnp.add, d_stacked["residual"], d_own)}, g_slots, None, None
 
     run.defvjp(keep, back)
     return run(stacked, slots, given, jnp.asarray(first))

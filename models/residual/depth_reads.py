@@ -27,47 +27,53 @@ def reads(w_RxD, x_nxBxTxD, visible_n, epsilon: float):
       epsilon: of the norms.
 
     Returns:
-      Two tuples. What was read: Σ_i e_ri x_i [B, T, R, D] in the sources' dtype, max_i of the logits and Σ_i e_ri, float32
-      [B, T, R], where e_ri are exponentials of logits less their maximum. And what `reads_back` needs besides the arguments.
+      Σ_i e_ri x_i [B, T, R, D] in the sources' dtype, max_i of the logits and Σ_i e_ri, float32 [B, T, R], where e_ri are
+      exponentials of logits less their maximum.
     """
-    raw_nxBxTxR = products(x_nxBxTxD, w_RxD)
-    inverse_nxBxT = jax.lax.rsqrt(dot(x_nxBxTxD, x_nxBxTxD) / x_nxBxTxD.shape[-1] + epsilon)
+    raw_nxBxTxR, inverse_nxBxT = _keys(w_RxD, x_nxBxTxD, epsilon)
     logits_nxBxTxR = masked(visible_n, raw_nxBxTxR * inverse_nxBxT[..., None], -jnp.inf)
     top_BxTxR = logits_nxBxTxR.max(0)
     e_nxBxTxR = jnp.exp(logits_nxBxTxR - top_BxTxR[None])
     weights_nxBxTxR = e_nxBxTxR.astype(x_nxBxTxD.dtype).astype(raw_nxBxTxR.dtype)
     parts = (w[..., None] * x.astype(w.dtype)[:, :, None] for w, x in zip(weights_nxBxTxR, x_nxBxTxD, strict=True))
     out_BxTxRxD = sum(parts).astype(x_nxBxTxD.dtype)
-    return (out_BxTxRxD, top_BxTxR, e_nxBxTxR.sum(0)), (raw_nxBxTxR, inverse_nxBxT, e_nxBxTxR)
+    return out_BxTxRxD, top_BxTxR, e_nxBxTxR.sum(0)
 
 
-def reads_back(w_RxD, x_nxBxTxD, count, kept, g_read, g_nxBxTxD):
+def _keys(w_RxD, x_nxBxTxD, epsilon):
+    """Logits before their norm, and the norms' reciprocals."""
+    return products(x_nxBxTxD, w_RxD), jax.lax.rsqrt(dot(x_nxBxTxD, x_nxBxTxD) / x_nxBxTxD.shape[-1] + epsilon)
+
+
+def reads_back(w_RxD, x_nxBxTxD, count, top_BxTxR, g_read, g_nxBxTxD, epsilon: float):
     """The backward pass of `reads`: it goes over the sources that were seen, one after another, and over no others.
 
     Args:
-      w_RxD, x_nxBxTxD: as `reads` had them; there may be more sources.
+      w_RxD, x_nxBxTxD, epsilon: as `reads` had them; there may be more sources.
       count: how many of them, from the first on, were seen. May be traced.
-      kept: what `reads` gave besides.
-      g_read: the gradients of what was read. None comes from the maximum: what is merged does not depend on it.
+      top_BxTxR: the maximum that `reads` gave.
+      g_read: the gradients of what it gave. None comes from the maximum: what is merged does not depend on it.
       g_nxBxTxD: the sources' gradient so far.
 
     Returns:
       The gradient of w, and the sources' with what comes from here added to it.
     """
-    w_RxD, x_nxBxTxD, kept, g_read, g_nxBxTxD = alike(w_RxD, x_nxBxTxD, kept, g_read, g_nxBxTxD)
+    w_RxD, x_nxBxTxD, top_BxTxR, g_read, g_nxBxTxD = alike(w_RxD, x_nxBxTxD, top_BxTxR, g_read, g_nxBxTxD)
     g_BxTxRxD, _, g_sum_BxTxR = g_read
-    precise = kept[0].dtype
+    precise = top_BxTxR.dtype
+    exact = partial(jnp.einsum, preferred_element_type=precise, precision="highest")
     wide_RxD = w_RxD.astype(precise)
 
     def of_source(i, carry):
         g_nxBxTxD, d_raw_nxBxTxR = carry
-        x_BxTxD, raw_BxTxR, inverse_BxT, e_BxTxR = (slot(rows, i) for rows in (x_nxBxTxD, *kept))
-        d_e_BxTxR = jnp.einsum("btrd,btd->btr", g_BxTxRxD, x_BxTxD, preferred_element_type=precise, precision="highest")
-        d_logits_BxTxR = e_BxTxR * (d_e_BxTxR + g_sum_BxTxR)
+        x_BxTxD = slot(x_nxBxTxD, i)
+        raw_BxTxR, inverse_BxT = (one[0] for one in _keys(w_RxD, x_BxTxD[None], epsilon))
+        e_BxTxR = jnp.exp(raw_BxTxR * inverse_BxT[..., None] - top_BxTxR)
+        d_logits_BxTxR = e_BxTxR * (exact("btrd,btd->btr", g_BxTxRxD, x_BxTxD) + g_sum_BxTxR)
         d_raw_BxTxR = d_logits_BxTxR * inverse_BxT[..., None]
         d_norm_BxT = (d_logits_BxTxR * raw_BxTxR).sum(-1) * inverse_BxT**3 / x_BxTxD.shape[-1]
         weights_BxTxR = e_BxTxR.astype(x_BxTxD.dtype).astype(precise)
-        # Where XLA computes numbers of a token again for each of its D, the sum below takes a CPU three times as long.
+        # Not computed again for each of a token's D numbers.
         weights_BxTxR, d_raw_BxTxR, d_norm_BxT = jax.lax.optimization_barrier((weights_BxTxR, d_raw_BxTxR, d_norm_BxT))
         d_x_BxTxD = -d_norm_BxT[..., None] * x_BxTxD.astype(precise)
         for r in range(len(wide_RxD)):
@@ -76,9 +82,9 @@ def reads_back(w_RxD, x_nxBxTxD, count, kept, g_read, g_nxBxTxD):
         put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
         return put(g_nxBxTxD, slot(g_nxBxTxD, i) + d_x_BxTxD.astype(g_nxBxTxD.dtype)), put(d_raw_nxBxTxR, d_raw_BxTxR)
 
-    none = varying(jnp.zeros_like(kept[0]), varies_over(kept[0]))
-    g_nxBxTxD, d_raw_nxBxTxR = jax.lax.fori_loop(0, count, of_source, (g_nxBxTxD, none))
-    x_nxBxTxD = x_nxBxTxD[: len(d_raw_nxBxTxR)]
+    none = jnp.zeros((len(x_nxBxTxD), *top_BxTxR.shape), precise)
+    begin = g_nxBxTxD, varying(none, varies_over(g_nxBxTxD))
+    g_nxBxTxD, d_raw_nxBxTxR = jax.lax.fori_loop(0, count, of_source, begin)
     narrow = d_raw_nxBxTxR.astype(x_nxBxTxD.dtype)
     d_w_RxD = jnp.einsum("nbtr,nbtd->rd", narrow, x_nxBxTxD, preferred_element_type=precise)
     return d_w_RxD.astype(w_RxD.dtype), g_nxBxTxD

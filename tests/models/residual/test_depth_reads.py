@@ -20,20 +20,20 @@ def formula(w, x, visible):
 @jax.custom_vjp
 def part(w, x, visible):
     """`reads` with its backward pass; of visible sources, where that is given."""
-    return reads(w, x, visible, EPSILON)[0]
+    return reads(w, x, visible, EPSILON)
 
 
 def part_forward(w, x, visible):
-    read, kept = reads(w, x, visible, EPSILON)
-    return read, (w, x, visible, kept)
+    read = reads(w, x, visible, EPSILON)
+    return read, (w, x, visible, read[1])
 
 
 def part_backward(saved, g_read):
-    w, x, visible, kept = saved
+    w, x, visible, top = saved
     count = len(x) if visible is None else visible.sum()
     # Beside a gradient that is there already.
     before = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), x.dtype)
-    d_w, g = reads_back(w, x, count, kept, g_read, before)
+    d_w, g = reads_back(w, x, count, top, g_read, before, EPSILON)
     added = (g.astype(jnp.float32) - before.astype(jnp.float32)).astype(x.dtype)
     return d_w, added, None
 
