@@ -82,7 +82,8 @@ class Tables:
     """What layers of one kind share, made once for all layers. U kinds.
 
     Attributes:
-      cos, sin: float32 [U, B, T, 2R], see `positions.turns`, where positions are rotary.
+      cos, sin: of each kind float32 [B, T, 1, 2R], see `positions.turns`, where positions are rotary. Apart, and with the
+        heads' axis, so that a layer multiplies by these arrays themselves, and keeps no row of them for its backward pass.
       positions: int32 [B, T], of each token in its document.
       slots: int32 [B, T], the cache slots of the new tokens, where there is a cache.
       table: int32 [B, M], the pages that hold a row's slots, where the cache lies in pages.
@@ -91,8 +92,8 @@ class Tables:
       documents: int32 [B · runs, n + L], see `reach.documents`, where the residual operator reaches n tokens back.
     """
 
-    cos: jax.Array | None
-    sin: jax.Array | None
+    cos: tuple[jax.Array, ...] | None
+    sin: tuple[jax.Array, ...] | None
     positions: jax.Array
     slots: jax.Array | None
     windows: tuple[int, ...] | None = struct.field(pytree_node=False)
@@ -114,7 +115,7 @@ def tables(cfg: ModelConfig, state, ctx: Context) -> Tables:
             frequencies, scale = cfg.positions.frequencies(cfg.head_size, local)
             angles_BxTxR = positions_BxT[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None, :]
             pairs.append(turns(angles_BxTxR, scale))
-        cos, sin = (jnp.stack(kind) for kind in zip(*pairs, strict=True))
+        cos, sin = zip(*pairs, strict=True)
     if ctx.cache is not None:
         slots = ctx.cache.lens[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         table = ctx.cache.table

@@ -141,18 +141,18 @@ class Rope:
 
 
 def turns(angles_BxTxR, scale=1.0):
-    """Cosines and sines [B, T, 2R] as `rotate` takes them, from the angles of R pairs."""
+    """Cosines and sines [B, T, 1, 2R] as `rotate` takes them, from the angles of R pairs."""
     cos, sin = jnp.cos(angles_BxTxR) * scale, jnp.sin(angles_BxTxR) * scale
-    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return tuple(jnp.concatenate(halves, -1)[:, :, None] for halves in ([cos, cos], [-sin, sin]))
 
 
-def rotate(x_BxTxHxK, cos_BxTxN, sin_BxTxN):
+def rotate(x_BxTxHxK, cos_BxTx1xN, sin_BxTx1xN):
     """Turn the first N of K dimensions of each head: pairs are (i, i + N/2). Computed in float32."""
-    N = cos_BxTxN.shape[-1]
+    N = cos_BxTx1xN.shape[-1]
     x = x_BxTxHxK[..., :N].astype(jnp.float32)
     # The halves are swapped by a reversal, whose gradient is a reversal too; that of slices would be zeros and sums.
     swapped = jnp.flip(x.reshape(*x.shape[:-1], 2, N // 2), -2).reshape(x.shape)
-    turned = x * cos_BxTxN[:, :, None, :] + swapped * sin_BxTxN[:, :, None, :]
+    turned = x * cos_BxTx1xN + swapped * sin_BxTx1xN
     turned = turned.astype(x_BxTxHxK.dtype)
     return turned if x.shape == x_BxTxHxK.shape else jnp.concatenate([turned, x_BxTxHxK[..., N:]], axis=-1)
 

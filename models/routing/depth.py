@@ -161,7 +161,7 @@ class MixtureOfDepths:
         order_BxK = jnp.argsort(at, axis=-1)
         at_BxK, picked_BxK = jnp.take_along_axis(at, order_BxK, axis=1), order_BxK < size
         take = lambda a: None if a is None else jnp.take_along_axis(a, at_BxK, axis=1)
-        turn = lambda a: None if a is None else jnp.take_along_axis(a, at_BxK[None, :, :, None], axis=2)
+        turn = lambda kinds: jax.tree.map(lambda a: jnp.take_along_axis(a, at_BxK[:, :, None, None], axis=1), kinds)
         some = ctx.replace(positions=take(ctx.positions), segments=take(ctx.segments))
         some = some.replace(present=picked_BxK if run_along else None)
         inner = tables.replace(
