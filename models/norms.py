@@ -1,4 +1,8 @@
-"""RMSNorm and LayerNorm. Statistics in float32, whatever the compute dtype."""
+"""RMSNorm and LayerNorm. Statistics in float32, whatever the compute dtype.
+
+The backward pass keeps the input, in its own dtype, and the statistics, and computes what follows from them again: the
+centred and the normed input are float32 arrays as large, which cost more to write and to read than to compute.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,19 @@ from dataclasses import dataclass
 
 from jaxpar.models.lazy import jax, jnp
 from jaxpar.models.spec import Constant, ParamSpec
+
+STATISTICS = "norm_statistics"
+
+
+def _thinly(normed):
+    """With a backward pass that keeps what the docstring above says."""
+    keep = jax.checkpoint_policies.save_only_these_names(STATISTICS)
+    return jax.checkpoint(normed, policy=keep, prevent_cse=False)
+
+
+def _mean(x):
+    """Over the last axis, for the backward pass to keep."""
+    return jax.ad_checkpoint.checkpoint_name(jnp.mean(x, axis=-1, keepdims=True), STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -26,8 +43,11 @@ class RMSNorm:
 
     def __call__(self, params: dict, x):
         """x [..., size] -> [..., size] in x's dtype."""
+        return _thinly(self._normed)(params, x)
+
+    def _normed(self, params: dict, x):
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        y = y * jax.lax.rsqrt(_mean(jnp.square(y)) + self.epsilon)
         scale = params["scale"].astype(jnp.float32)
         if self.unit_offset:
             scale = 1.0 + scale
@@ -54,9 +74,12 @@ class LayerNorm:
 
     def __call__(self, params: dict, x):
         """x [..., size] -> [..., size] in x's dtype."""
+        return _thinly(self._normed)(params, x)
+
+    def _normed(self, params: dict, x):
         y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        y = y - _mean(y)
+        y = y * jax.lax.rsqrt(_mean(jnp.square(y)) + self.epsilon)
         row = lambda p: p.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + p.shape)
         y = y * row(params["scale"])
         if self.bias:

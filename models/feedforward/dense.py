@@ -13,6 +13,12 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 def activate(name: Activation, x):
+    """An activation by its name. The backward pass keeps its input alone, and does what follows from it again: that fuses with
+    what reads it, and a place to keep it would be as large as the hidden layer."""
+    return jax.checkpoint(_activate, static_argnums=0, prevent_cse=False)(name, x)
+
+
+def _activate(name: Activation, x):
     match name:
         case "silu":
             return jax.nn.silu(x)
@@ -62,7 +68,8 @@ class GatedMLP(FeedForwardLayer):
 
     def apply(self, cfg, params: dict, x_BxSxD, ops):
         gate_BxTxF, up_BxTxF = _columns(ops, params, ("gate", "up"), x_BxSxD)
-        h_BxTxF = activate(self.activation, gate_BxTxF) * up_BxTxF
+        gated = jax.checkpoint(lambda gate, up: _activate(self.activation, gate) * up, prevent_cse=False)
+        h_BxTxF = gated(gate_BxTxF, up_BxTxF)
         h_BxTxF = ops.constrain(h_BxTxF, ("batch", "length", "mlp"))
         return _biased(params["down"], ops.row(h_BxTxF, params["down"]["kernel"]))
 
