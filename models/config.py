@@ -93,7 +93,8 @@ class ModelConfig:
       dropout: probability with which an element of a branch's output (and of the embedding) is zeroed in training.
       dtype: compute dtype. Parameters are stored in float32; softmax, norms and the loss run in float32.
       remat: what the backward pass recomputes: "none", "full" (keep only the stream between layers), "dots" (keep the
-        outputs of projections and of attention). The attention weights are recomputed in any case.
+        outputs of projections and of attention). Attention weights, and what follows from the input of a norm or of an
+        activation, are recomputed in any case.
       layer_loop: "scan" compiles one layer and loops; "unroll" compiles each (faster on CPU for few layers).
       loss_chunk: tokens of a sequence whose logits exist at a time in the cross-entropy.
     """

@@ -2,8 +2,9 @@
 
 Sources are looked at once a block, for all branches of its layers, in place of once a branch: forwards the buffer is read once,
 and backwards its gradient, which is as large, is added to once (algorithm 1 of Attention Residuals, arXiv 2603.15031, here
-in training). Between, layers hand on the sum of what the block's branches gave so far. The backward pass computes what a
-block saw again, from the last buffer, as `jaxpar.models.residual.write_once` does for single layers.
+in training). Between, layers hand on the sum of what the block's branches gave so far. Where layers need again what their
+block saw, as with rematerialisation, the backward pass computes it from the last buffer, as
+`jaxpar.models.residual.write_once` does for single layers.
 """
 
 from __future__ import annotations
