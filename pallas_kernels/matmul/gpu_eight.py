@@ -51,6 +51,8 @@ class Eight(Settings):
 
 def eight_scratch(settings: Eight) -> dict:
     rows, columns, stages = settings.rows, settings.columns, settings.stages
+    # The interpreter copies a block's tiles by itself: that no block goes on without its neighbours' part must be said there.
+    sent = plgpu.ClusterBarrier(collective_axes=PLACE, num_arrivals=1, num_barriers=stages)
     return {
         "a_tile": plgpu.SMEM((stages, COMPUTE, rows, STEP), settings.operand),
         "b_tile": plgpu.SMEM((stages, columns, STEP), settings.operand),
@@ -62,6 +64,7 @@ def eight_scratch(settings: Eight) -> dict:
         "ready": plgpu.Barrier(num_arrivals=COMPUTE + 1, num_barriers=stages),
         # Those of all blocks that this one's copies go to, and whose copies come here: of its row and its column.
         "used": plgpu.ClusterBarrier(collective_axes=PLACE, num_arrivals=COMPUTE, num_barriers=stages),
+        **({"sent": sent} if settings.interpret else {}),
     }
 
 
@@ -78,6 +81,12 @@ def eight(settings: Eight, names, *refs) -> None:
     count = lax.div(settings.tiles[0] * settings.tiles[1] - 1 - x.cluster, settings.clusters) + 1
     slot_of = lambda step: lax.rem(step, settings.stages)
 
+    def arrived(slot):
+        """Wait for what the blocks of the cluster copy to this place."""
+        plgpu.barrier_wait(x.ready.at[slot])
+        if settings.interpret:
+            plgpu.barrier_wait(x.sent.at[slot])
+
     def each_tile(make):
         """`make(n, row, column)` of this block's n-th tile, which begins at this row and this column."""
 
@@ -92,7 +101,7 @@ def eight(settings: Eight, names, *refs) -> None:
 
         def begin(step):
             slot = slot_of(step)
-            plgpu.barrier_wait(x.ready.at[slot])
+            arrived(slot)
             plgpu.wgmma(total_ref, x.a_tile.at[slot, x.warpgroup], x.b_tile.at[slot].transpose((1, 0)))
 
         begin(first)
@@ -113,7 +122,7 @@ def eight(settings: Eight, names, *refs) -> None:
 
         def step(n, totals):
             slot = slot_of(first + n)
-            plgpu.barrier_wait(x.ready.at[slot])
+            arrived(slot)
             for i, (row, column) in enumerate(settings.parts):
                 a = x.a_tile.at[slot, x.warpgroup, pl.ds(row, gpu.ROWS)]
                 b = x.b_tile.at[slot, pl.ds(column, span)]
@@ -159,6 +168,8 @@ def eight(settings: Eight, names, *refs) -> None:
                 for w, here in enumerate(a_rows):
                     plgpu.copy_gmem_to_smem(x.a.at[here, along], x.a_tile.at[slot, w], ready, collective_axes=COLUMN)
                 plgpu.copy_gmem_to_smem(x.b.at[b_rows, along], x.b_tile.at[slot], ready, collective_axes=ROW)
+                if settings.interpret:
+                    plgpu.barrier_arrive(x.sent.at[slot])
 
             # Behind this tile's steps, none of which waits for it: the last tile's are read when its steps are done.
             @pl.when(n > 0)
