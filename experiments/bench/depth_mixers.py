@@ -5,8 +5,8 @@ Command:   python -m jaxpar.experiments.bench.depth_mixers
            python -m jaxpar.experiments.bench.depth_mixers --layers 16 --width 2048 --heads 16 --length 2048 --rows 4 \
              --dtype bfloat16 --remat dots --only "deep delta" "block attention"                                  (on a GPU)
 Expected:  a table, and results/depth_mixers_<platform>.json with a plot. The goal for block attention residuals and for the
-           scalar delta rule is 1.08 of the plain step at 16 layers; at width 256 they took 1.084 (1.070 to 1.088 in three
-           runs) and 1.061 on two CPU cores, at width 2048 1.116 and 1.070 on an H200.
+           scalar delta rule is 1.08 of the plain step at 16 layers; at width 256 they took 1.067 (1.052 to 1.073
+           in three runs) and 1.062 on two CPU cores, at width 2048 1.116 and 1.070 on an H200 (an earlier version).
 
 The whole step of a Llama (forward, backward, clipping, AdamW; the state donated), scanned over layers. A round runs one step of
 each operator; quoted are the medians over rounds of the ratio to the plain step of the same round, of time and of processor
