@@ -51,9 +51,7 @@ class Eight(Settings):
 
 def eight_scratch(settings: Eight) -> dict:
     rows, columns, stages = settings.rows, settings.columns, settings.stages
-    # The interpreter copies a block's tiles by itself: that no block goes on without its neighbours' part must be said there.
-    sent = plgpu.ClusterBarrier(collective_axes=PLACE, num_arrivals=1, num_barriers=stages)
-    return {
+    scratch = {
         "a_tile": plgpu.SMEM((stages, COMPUTE, rows, STEP), settings.operand),
         "b_tile": plgpu.SMEM((stages, columns, STEP), settings.operand),
         "a_scales": plgpu.SMEM((COMPUTE, rows), jnp.float32),
@@ -64,8 +62,11 @@ def eight_scratch(settings: Eight) -> dict:
         "ready": plgpu.Barrier(num_arrivals=COMPUTE + 1, num_barriers=stages),
         # Those of all blocks that this one's copies go to, and whose copies come here: of its row and its column.
         "used": plgpu.ClusterBarrier(collective_axes=PLACE, num_arrivals=COMPUTE, num_barriers=stages),
-        **({"sent": sent} if settings.interpret else {}),
     }
+    if settings.interpret:
+        # It copies a block's tiles by itself: that no block goes on without its neighbours' part must be said there.
+        scratch["sent"] = plgpu.ClusterBarrier(collective_axes=PLACE, num_arrivals=1, num_barriers=stages)
+    return scratch
 
 
 def eight(settings: Eight, names, *refs) -> None:
