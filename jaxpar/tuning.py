@@ -96,6 +96,7 @@ class DecodeAttention:
       head_size: of each head.
       cache: the format of keys and values, such as int8_row or int4_row; None: they are in `dtype`.
       dtype: of queries, and of keys and values that have no format.
+      kernel: another one than the one that is chosen without a name, such as mosaic_gpu_codes.
     """
 
     batch: int = 8
@@ -106,6 +107,7 @@ class DecodeAttention:
     head_size: int = 128
     cache: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    kernel: Literal["mosaic_gpu_codes"] | None = None
 
     def __post_init__(self):
         _positive(batch=self.batch, slots=self.slots, queries=self.queries, heads=self.heads)
@@ -115,7 +117,11 @@ class DecodeAttention:
         """The `search.Subject` for a kind of device and its kernels."""
         from jaxpar.pallas_kernels.tuning import subjects
 
-        return subjects.decode_attention(kind, implementation, **vars(self), interpret=interpret)
+        sizes = dict(vars(self))
+        name = sizes.pop("kernel") or implementation
+        if name != implementation and not name.startswith(implementation):
+            raise ValueError(f"{name} is a kernel for another platform than {implementation}'s; leave out kernel")
+        return subjects.decode_attention(kind, name, **sizes, interpret=interpret)
 
 
 OPS = {"attention": Attention, "quant_matmul": QuantMatmul, "decode_attention": DecodeAttention}

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpar.experiments.bench import kernel_rivals as rivals
 
-OURS = ("mosaic_gpu", "mosaic_gpu_few_rows", "mosaic_tpu")
+OURS = ("mosaic_gpu", "mosaic_gpu_codes", "mosaic_gpu_few_rows", "mosaic_tpu")
 """Implementations that are kernels of this project; all others are alternatives to them."""
 
 

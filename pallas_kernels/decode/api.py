@@ -5,15 +5,23 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxpar.pallas_kernels.attention.sinks import check_sinks, with_sinks
-from jaxpar.pallas_kernels.decode import mosaic_gpu, mosaic_tpu
+from jaxpar.pallas_kernels.decode import mosaic_gpu, mosaic_gpu_codes, mosaic_tpu
 from jaxpar.pallas_kernels.decode.xla import decode_xla
 from jaxpar.pallas_kernels.dispatch import Implementation, Op
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 
 MOSAIC_TPU = Implementation("mosaic_tpu", mosaic_tpu.decode_mosaic_tpu, mosaic_tpu.misfit, platform="tpu", kernel=True)
 MOSAIC_GPU = Implementation("mosaic_gpu", mosaic_gpu.decode_mosaic_gpu, mosaic_gpu.misfit, platform="cuda", kernel=True)
+MOSAIC_GPU_CODES = Implementation(
+    mosaic_gpu_codes.NAME,
+    mosaic_gpu_codes.decode_mosaic_gpu_codes,
+    mosaic_gpu_codes.misfit,
+    unwise=mosaic_gpu_codes.unwise,
+    platform="cuda",
+    kernel=True,
+)
 XLA = Implementation("xla", decode_xla)
-DECODE_ATTENTION = Op("decode_attention", (MOSAIC_TPU, MOSAIC_GPU, XLA))
+DECODE_ATTENTION = Op("decode_attention", (MOSAIC_TPU, MOSAIC_GPU_CODES, MOSAIC_GPU, XLA))
 """The implementations of `decode_attention`, best first."""
 MOST_QUERIES = mosaic_tpu.MOST_QUERIES
 """Queries a row, up to which kernels are there."""

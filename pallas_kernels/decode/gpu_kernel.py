@@ -131,7 +131,7 @@ def scratch(settings: Settings) -> dict:
     }
 
 
-def place(settings: Settings, names, refs) -> SimpleNamespace:
+def place(settings, names, refs) -> SimpleNamespace:
     """References by name; where this warpgroup is; which steps its block has."""
     x = SimpleNamespace(**dict(zip(names, refs, strict=True)))
     x.batch, x.group, x.split, x.warpgroup = (lax.axis_index(n) for n in ("batch", "group", "split", "warpgroup"))
@@ -141,6 +141,21 @@ def place(settings: Settings, names, refs) -> SimpleNamespace:
     x.steps = lax.max(lax.min(count - x.split * share, share), 0)
     x.held = lax.min(x.length, settings.slots)
     return x
+
+
+def sources(settings, x, at) -> list:
+    """Where tokens from `at` on are, a step's, in pieces: their first place in the step, their row or page, and the first there."""
+    if settings.page is None:
+        # Zeros come from behind a row's last slot.
+        return [(0, x.batch, at)]
+    found = []
+    for first in range(0, settings.tokens, settings.piece):
+        # Behind the last page that a row holds it comes again: each step has as many copies.
+        token = lax.min(at + first, lax.max(x.held - 1, 0))
+        page = x.table[x.batch, lax.div(token, settings.page)]
+        inside = lax.div(lax.rem(token, settings.page), settings.piece) * settings.piece
+        found.append((first, page, inside))
+    return found
 
 
 def masked(settings: Settings, x, logits, start):
@@ -309,20 +324,6 @@ def decode(settings: Settings, names, *refs) -> None:
             plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, settings.rows)], to)
         plgpu.wait_smem_to_gmem(0)
 
-    def sources(at):
-        """Where a step's tokens are, in pieces: their first place in the step, their row or page, and the first there."""
-        if settings.page is None:
-            # Zeros come from behind a row's last slot.
-            return [(0, x.batch, at)]
-        found = []
-        for first in range(0, settings.tokens, settings.piece):
-            # Behind the last page that a row holds it comes again: each step has as many copies.
-            token = lax.min(at + first, lax.max(x.held - 1, 0))
-            page = x.table[x.batch, lax.div(token, settings.page)]
-            inside = lax.div(lax.rem(token, settings.page), settings.piece) * settings.piece
-            found.append((first, page, inside))
-        return found
-
     def copy(name, slot, pieces):
         tile, ready = getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_ready").at[slot]
         part = lambda to, first: to if len(pieces) == 1 else to.at[pl.ds(first, settings.piece)]
@@ -348,7 +349,7 @@ def decode(settings: Settings, names, *refs) -> None:
         @pl.loop(0, x.steps)
         def _(n):
             slot = lax.rem(n, settings.places)
-            pieces = sources((x.first + n) * settings.tokens)
+            pieces = sources(settings, x, (x.first + n) * settings.tokens)
             for name in ("k", "v"):
 
                 @pl.when(n >= settings.places)

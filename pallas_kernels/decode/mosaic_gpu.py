@@ -155,17 +155,11 @@ def decode_mosaic_gpu(
     )
     splits = splits_of(B * G, most_blocks(settings, window), tiles.blocks)
     settings = Settings(**vars(settings) | {"splits": splits})
-    first, count = needed(settings, lens_B, window)
-    low = jnp.zeros_like(lens_B) if window is None else lens_B - window
-    base = jnp.zeros_like(lens_B)
-    if layer is not None:
-        base = base + jnp.asarray(layer, jnp.int32) * k.shape[-4]
     arrays = {
-        "rows": jnp.stack([first, count, lens_B, low, base], axis=1),
-        "table": jnp.clip(table_BxP, 0, k.shape[-4] - 1) if paged else jnp.zeros((1, 1), jnp.int32),
+        **which(settings, k, lens_B, window, layer, table_BxP),
         "q": _queries(q_BxTxHxK, G, rows, settings.parts),
-        **_stored("k", k, layer, settings.heads),
-        **_stored("v", v, layer, settings.heads),
+        **stored("k", k, layer, settings.heads),
+        **stored("v", v, layer, settings.heads),
     }
     parts = splits * COMPUTE
     shapes = {"out": (B, G, parts, rows, K), "lse": (B, G, parts, rows)}
@@ -186,6 +180,18 @@ def decode_mosaic_gpu(
     apart = lambda x: x[:, :, : T * (H // G)].reshape(B, G, T, H // G, *x.shape[3:])
     out = jnp.swapaxes(apart(out), 1, 2).reshape(B, T, H, K).astype(q_BxTxHxK.dtype)
     return out, jnp.swapaxes(apart(lse), 2, 3).reshape(B, H, T)
+
+
+def which(settings, k, lens_B, window, layer, table_BxP) -> dict:
+    """The steps of each row, its length, the first token that a window has and the layer's first row or page, [B, 5]; and the
+    page table."""
+    first, count = needed(settings, lens_B, window)
+    low = jnp.zeros_like(lens_B) if window is None else lens_B - window
+    base = jnp.zeros_like(lens_B)
+    if layer is not None:
+        base = base + jnp.asarray(layer, jnp.int32) * k.shape[-4]
+    table = jnp.zeros((1, 1), jnp.int32) if table_BxP is None else jnp.clip(table_BxP, 0, k.shape[-4] - 1)
+    return {"rows": jnp.stack([first, count, lens_B, low, base], axis=1), "table": table}
 
 
 def sizes_of(q, k, slots: int) -> dict[str, int]:
@@ -218,12 +224,16 @@ def splits_of(pairs: int, steps: int, blocks: int) -> int:
 
 
 def _queries(q_BxTxHxK, G: int, rows: int, parts: int):
-    """[parts, B, G, rows, K/parts]: those that share a key/value head together, a query's heads side by side; even and odd
-    channels apart where two of them share a byte of the keys."""
+    """[parts, B, G, rows, K/parts]: as `grouped`, even and odd channels apart where two of them share a byte of the keys."""
+    q = grouped(q_BxTxHxK, G, rows)
+    return jnp.moveaxis(q.reshape(*q.shape[:3], -1, parts), -1, 0)
+
+
+def grouped(q_BxTxHxK, G: int, rows: int):
+    """[B, G, rows, K]: queries that share a key/value head together, a query's heads side by side, zeros behind them."""
     B, T, H, K = q_BxTxHxK.shape
     q = jnp.swapaxes(q_BxTxHxK.reshape(B, T, G, H // G, K), 1, 2).reshape(B, G, -1, K)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - q.shape[2]), (0, 0)))
-    return jnp.moveaxis(q.reshape(B, G, rows, K // parts, parts), -1, 0)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, rows - q.shape[2]), (0, 0)))
 
 
 def together(groups: int, blocks: int) -> bool:
@@ -232,7 +242,7 @@ def together(groups: int, blocks: int) -> bool:
     return groups == TOGETHER and blocks == 1
 
 
-def _stored(name: str, x, layer, heads: int) -> dict:
+def stored(name: str, x, layer, heads: int) -> dict:
     """Keys or values by the kernel's names: as they lie in memory, [layers · rows or pages, tokens, G, K]; scales too
     without the last (`heads`), or one layer's turned to [rows or pages, G, blocks, tokens], so that those of a head's tokens
     are copied as one."""

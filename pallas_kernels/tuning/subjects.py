@@ -14,6 +14,7 @@ from jaxpar.pallas_kernels.attention import mosaic_gpu as attention_gpu
 from jaxpar.pallas_kernels.attention import mosaic_tpu as attention_tpu
 from jaxpar.pallas_kernels.attention.differentiable import attend
 from jaxpar.pallas_kernels.decode import mosaic_gpu as decode_gpu
+from jaxpar.pallas_kernels.decode import mosaic_gpu_codes as decode_codes
 from jaxpar.pallas_kernels.decode import mosaic_tpu as decode_tpu
 from jaxpar.pallas_kernels.formats.format import get
 from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
@@ -23,7 +24,7 @@ from jaxpar.pallas_kernels.matmul.products import operands_name
 from jaxpar.pallas_kernels.tiles import look_up
 from jaxpar.pallas_kernels.tuning.search import Part, Subject
 
-PLATFORMS = {"mosaic_tpu": "TPUs", "mosaic_gpu": "Hopper GPUs"}
+PLATFORMS = {"mosaic_tpu": "TPUs", "mosaic_gpu": "Hopper GPUs", decode_codes.NAME: "Hopper GPUs"}
 TPU_BLOCKS = (256, 512, 1024, 2048)
 """Queries or keys in a block."""
 GPU_STEPS, GPU_STAGES = (64, 128), (1, 2, 3, 4)
@@ -36,6 +37,8 @@ TPU_ROWS, TPU_COLUMNS, TPU_SUMS = (32, 64, 128, 256, 512), (128, 256, 512, 1024)
 """Rows of x, columns of w and what is summed, in a block."""
 GPU_BLOCKS = (132, 264)
 """Into how many K, or a cache, is cut: an H200 has 132 processors."""
+GPU_CODE_STEPS, GPU_CODE_BLOCKS = (32, 64, 128), (132, 264, 396, 528)
+"""Tokens of a step, and blocks, of which a processor has several, of codes that are widened in registers."""
 TPU_HELD, TPU_SPLITS = (256, 512, 1024, 2048, 4096, 8192), (1, 2)
 """Tokens times heads in a block of a cache, and into how many parts a row is divided."""
 
@@ -204,13 +207,13 @@ def decode_attention(
 
     Args:
       kind: of the device, as JAX names it.
-      implementation: "mosaic_tpu" or "mosaic_gpu".
+      implementation: "mosaic_tpu", "mosaic_gpu" or "mosaic_gpu_codes".
       cache: a format; None: in `dtype`.
 
     Raises:
       ValueError: an unknown format, or a shape that the kernel does not do.
     """
-    module = decode_gpu if implementation == "mosaic_gpu" else decode_tpu
+    module = {"mosaic_gpu": decode_gpu, decode_codes.NAME: decode_codes}.get(implementation, decode_tpu)
     _check_heads("decode_attention", heads, key_heads)
     fmt, dtype, scale = None if cache is None else get(cache), jnp.dtype(dtype), head_size**-0.5
     if fmt is not None and (reason := fmt.misfit(head_size)):
@@ -230,6 +233,10 @@ def decode_attention(
     if module is decode_tpu:
         sizes = dict(rows=decode_tpu.rows_of(queries, heads), head_size=head_size, slots=slots)
         function, candidates = decode_tpu.decode_mosaic_tpu, _product(keys=TPU_HELD, splits=TPU_SPLITS)
+    elif module is decode_codes:
+        sizes = decode_codes.sizes_of(*arrays[:2], slots)
+        function = decode_codes.decode_mosaic_gpu_codes
+        candidates = _product(tokens=GPU_CODE_STEPS, stages=GPU_STAGES[1:], blocks=GPU_CODE_BLOCKS)
     else:
         sizes = decode_gpu.sizes_of(*arrays[:2], slots)
         function = decode_gpu.decode_mosaic_gpu

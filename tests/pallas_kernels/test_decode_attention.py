@@ -227,4 +227,4 @@ def test_what_it_cannot_do_is_one_sentence():
             bad()
         assert "\n" not in str(found.value)
     names = [verdict.name for verdict in DECODE_ATTENTION.explain(q, k, k, lens, scale=1.0)]
-    assert names == ["mosaic_tpu", "mosaic_gpu", "xla"]
+    assert names == ["mosaic_tpu", "mosaic_gpu_codes", "mosaic_gpu", "xla"]

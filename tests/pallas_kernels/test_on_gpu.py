@@ -18,6 +18,7 @@ from jaxpar.pallas_kernels.attention import MaskSpec, attention, attention_gradi
 from jaxpar.pallas_kernels.attention.block import dropped
 from jaxpar.pallas_kernels.attention.xla import xla_plan
 from jaxpar.pallas_kernels.decode import mosaic_gpu as decode_mosaic_gpu
+from jaxpar.pallas_kernels.decode import mosaic_gpu_codes as decode_mosaic_gpu_codes
 from jaxpar.pallas_kernels.decode.xla import decode_xla
 from jaxpar.pallas_kernels.formats import quantise
 from jaxpar.pallas_kernels.matmul import mosaic_gpu as products
@@ -193,14 +194,19 @@ DECODE = {
     "int4 blocks": DecodeCase((2, 1, 712, 4, 2, 128), None, (690, 64), BF16, "int4_g32", scale=0.1),
     "int4 pages": DecodeCase((2, 1, 1024, 4, 2, 128), None, (1000, 130), BF16, "int4_row", page=128, scale=0.1),
 }
+IN_REGISTERS = [name for name, case in DECODE.items() if case.form is not None]
 DECODE_CEILINGS = {BF16: 5e-3, FP16: 6e-4, jnp.float32: 1e-6}
 
 
-@pytest.mark.parametrize("name", DECODE)
-def test_decoding_against_float64(name):
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [(name, decode_mosaic_gpu.decode_mosaic_gpu) for name in DECODE]
+    + [(name, decode_mosaic_gpu_codes.decode_mosaic_gpu_codes) for name in IN_REGISTERS],
+)
+def test_decoding_against_float64(name, kernel):
     """With NaN in every slot that no row holds, and the same bits without."""
     case = DECODE[name]
-    ours, xla = (decode_cases.call(case, run) for run in (decode_mosaic_gpu.decode_mosaic_gpu, decode_xla))
+    ours, xla = (decode_cases.call(case, run) for run in (kernel, decode_xla))
     given = decode_cases.arguments(case)
     spoilt = decode_cases.poisoned(case, given)
     found, theirs, clean = ours(*spoilt), xla(*spoilt), ours(*given)
