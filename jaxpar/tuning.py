@@ -17,6 +17,19 @@ def _positive(**sizes: int | None) -> None:
             raise ValueError(f"{name} = {size}; give at least 1")
 
 
+def _named(op, implementation: str) -> tuple[str, dict]:
+    """The kernel that is meant, and the op's sizes.
+
+    Raises:
+      ValueError: a kernel of another platform.
+    """
+    sizes = dict(vars(op))
+    name = sizes.pop("kernel") or implementation
+    if not name.startswith(implementation):
+        raise ValueError(f"{name} is a kernel for another platform than {implementation}; leave out kernel")
+    return name, sizes
+
+
 @dataclass(frozen=True)
 class Attention:
     """Causal attention, forward and backward. The defaults are Llama 3 8B's.
@@ -64,6 +77,7 @@ class QuantMatmul:
       weights: their format, such as int4_g128 or int8_row.
       activations: their format, such as int8_row; None: they are in `dtype`.
       dtype: of activations that have no format, and of what comes out.
+      kernel: another one than the one that is chosen without a name, such as mosaic_gpu_codes.
     """
 
     rows: int = 16
@@ -72,6 +86,7 @@ class QuantMatmul:
     weights: str = "int4_g128"
     activations: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    kernel: Literal["mosaic_gpu_codes"] | None = None
 
     def __post_init__(self):
         _positive(rows=self.rows, inputs=self.inputs, outputs=self.outputs)
@@ -80,7 +95,8 @@ class QuantMatmul:
         """The `search.Subject` for a kind of device and its kernels."""
         from jaxpar.pallas_kernels.tuning import subjects
 
-        return subjects.quant_matmul(kind, implementation, **vars(self), interpret=interpret)
+        name, sizes = _named(self, implementation)
+        return subjects.quant_matmul(kind, name, **sizes, interpret=interpret)
 
 
 @dataclass(frozen=True)
@@ -117,10 +133,7 @@ class DecodeAttention:
         """The `search.Subject` for a kind of device and its kernels."""
         from jaxpar.pallas_kernels.tuning import subjects
 
-        sizes = dict(vars(self))
-        name = sizes.pop("kernel") or implementation
-        if name != implementation and not name.startswith(implementation):
-            raise ValueError(f"{name} is a kernel for another platform than {implementation}'s; leave out kernel")
+        name, sizes = _named(self, implementation)
         return subjects.decode_attention(kind, name, **sizes, interpret=interpret)
 
 

@@ -26,9 +26,8 @@ from jax import lax
 from jaxpar.pallas_kernels import lanes
 from jaxpar.pallas_kernels.gpu import LOG2
 from jaxpar.pallas_kernels.lanes import CHUNK
+from jaxpar.pallas_kernels.lanes.codes import UNIT, widened
 
-UNIT = 2.0**-6
-"""What a code of 1 is as an operand."""
 TILE = 16
 """Tokens that a warp multiplies at once, and channels of the result."""
 COLUMNS = 8
@@ -67,24 +66,6 @@ class _Place:
         self.head = self.warp // s.parts
         # The first of this warp's tokens of a step.
         self.token = (self.warp % s.parts) * (s.tokens // s.parts)
-
-
-def widened(bits: int, machine, word) -> list:
-    """Pairs of bfloat16, `UNIT` times codes, of a word: codes n and n + 16 / bits of it are the n-th pair.
-
-    As in `matmul.gpu_registers._pairs`: a number n in the lower half of a bfloat16 is n · 2⁻¹³³.
-    """
-    # Bits, times 2¹²⁷ or, where they are 16 times as much, 2¹²³, and what a code is above its lowest.
-    masks = ((0x000F000F, 0x7F007F00), (0x00F000F0, 0x7D007D00)) if bits == 4 else ((0x00FF00FF, 0x7F007F00),)
-    lowest = 0xBE00BE00 if bits == 4 else 0xC000C000
-    found = []
-    # Of each code the highest bit.
-    word = word ^ np.uint32(0x88888888 if bits == 4 else 0x80808080)
-    for shift in (0, 8):
-        for mask, times in masks:
-            part = word >> shift if shift else word
-            found.append(machine.fused(part & np.uint32(mask), times, lowest))
-    return found
 
 
 def load_queries(s, machine, memories, words, numbers) -> list:
@@ -128,8 +109,11 @@ def step(s, machine, memories, words, numbers) -> list:
                     fresh[n] = machine.product(fresh[n], operand, queries[n][product])
             scales = [machine.load(k_numbers, scale_at(block, token_of(tile, below))) for below in (0, 1)]
             scales = [one * (s.scale / UNIT / (1 if s.cap else LOG2)) for one in scales]
-            scaled = [[fresh[n][i] * scales[i // 2] for i in range(4)] for n in range(s.columns)]
-            found = scaled if found is None else [_added(*two) for two in zip(found, scaled, strict=True)]
+            for n in range(s.columns):
+                for i in range(4):
+                    old = None if found is None else found[n][i]
+                    fresh[n][i] = _plus(machine, fresh[n][i], scales[i // 2], old)
+            found = fresh
         logits.append(found)
     if s.cap is not None:
         logits = [[[_capped(s, machine, one) for one in four] for four in tile] for tile in logits]
@@ -215,8 +199,8 @@ def _blocks(s, parts):
     return found.items()
 
 
-def _added(a, b) -> list:
-    return [x + y for x, y in zip(a, b, strict=True)]
+def _plus(machine, a, b, c):
+    return a * b if c is None else machine.multiply_add(a, b, c)
 
 
 def _capped(s, machine, logit):

@@ -77,7 +77,11 @@ class Pointer:
     def __init__(self, ref, kind: Kind):
         memref = ir.MemRefType(ref.type)
         self.kind, self.element, self.pointer = kind, memref.element_type, utils.memref_ptr(ref)
-        self.shared = utils.is_smem_ref(memref)
+        self.strides = memref.get_strides_and_offset()[0]
+
+    def index(self, row, column):
+        """Of a number in a matrix, whose rows may lie apart."""
+        return row * self.strides[0] + column
 
     def at(self, offset: Word):
         return utils.getelementptr(self.pointer, [offset.value], ir.IntegerType.get_signless(8))
@@ -101,11 +105,34 @@ class Chip:
         """A number by its place."""
         return Word(llvm.load(memory.element, memory.at(index * 4)))
 
+    def pair(self, memory, index) -> list[Word]:
+        """Two numbers side by side, the first one's place an even one."""
+        wide = ir.VectorType.get((2,), memory.element)
+        both = llvm.load(wide, memory.at(index * 4), alignment=8)
+        return [Word(vector.extract(both, dynamic_position=[], static_position=[n])) for n in (0, 1)]
+
     def store(self, memory, index, values, where=None) -> None:
         """Write 1, 2 or 4 numbers side by side, the first one's place a multiple of how many; where a predicate holds."""
         wide = ir.VectorType.get((len(values),), memory.element)
-        whole = vector.from_elements(wide, [value.value for value in values])
+        values = [llvm.bitcast(memory.element, value.value) for value in values]
+        whole = vector.from_elements(wide, values)
         self._where(where, lambda: llvm.store(whole, memory.at(index * 4), alignment=4 * len(values)))
+
+    def send(self, memory, block, index, values, blocks: int) -> None:
+        """Write 2 numbers to shared memory of a block of the cluster, to where this block has `memory`.
+
+        Args:
+          blocks: of the cluster.
+        """
+        here = llvm.ptrtoint(_i32(), memory.at(index * 4))
+        there = here
+        if blocks > 1:
+            there = self._asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", here, block.value)[0].value
+        text = "st.shared::cluster.v2.f32 [$0], {$1, $2};"
+        pair = [value.value for value in values]
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"), [there, *pair], text, "r,f,f,~{memory}", asm_dialect=0, has_side_effects=True
+        )
 
     def matrices(self, tile, row, chunk, *, transposed=False) -> list[Word]:
         """Four matrices of 8 rows of 16 bytes: lanes 8 · n to 8 · n + 7 say where in the tile the rows of the n-th are, by row
@@ -120,6 +147,10 @@ class Chip:
         times, plus = (word._with(one) for one in (times, plus))
         return self._asm("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", word.value, times, plus)[0]
 
+    def picked(self, a, b, selector: int) -> Word:
+        """Four bytes of two words, by a digit each, the lowest first: 0 to 3 of a, 4 to 7 of b."""
+        return self._asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", a.value, b.value, a._with(selector))[0]
+
     def packed(self, low, high) -> Word:
         """Two float32 as bfloat16."""
         return self._asm("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low.value, high.value)[0]
@@ -132,12 +163,16 @@ class Chip:
         """`total + a b` of [16, 8], [16, 16] and [16, 8]: four float32 words, and four and two of bfloat16 pairs."""
         text = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
         values = [word.value for word in (*a, *b, *total)]
-        return self._asm(text + "{$10, $11, $12, $13};", "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *values)
+        return self._asm(text + "{$10, $11, $12, $13};", "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *values, effects=True)
 
     def shuffled(self, word, mask: int) -> Word:
         """The word of the lane whose number differs by these bits."""
         text = f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, 0xffffffff;"
         return self._asm(text, "=f,f", word.value, effects=True)[0]
+
+    def multiply_add(self, a, b, c) -> Word:
+        """`a · b + c` of float32."""
+        return self._asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a.value, b.value, c.value)[0]
 
     def exp2(self, word) -> Word:
         return self._asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", word.value)[0]
@@ -176,6 +211,7 @@ class Chip:
             scf.yield_([])
 
     def _asm(self, text: str, constraints: str, *operands, effects=False) -> list[Word]:
+        # Effects: of what all lanes do together, too, or the compiler might move it to where not all of them come.
         kinds = [ir.F32Type.get() if out == "=f" else _i32() for out in constraints.split(",") if out.startswith("=")]
         result = kinds[0] if len(kinds) == 1 else llvm.StructType.get_literal(kinds)
         found = llvm.inline_asm(result, list(operands), text, constraints, asm_dialect=0, has_side_effects=effects)

@@ -19,6 +19,10 @@ class Array:
         self.numbers = ref[...].reshape(-1) if not kind.width else None
         self.bytes = lax.bitcast_convert_type(ref[...], jnp.uint8).reshape(-1, kind.width) if kind.width else None
 
+    def index(self, row, column):
+        """Of a number in a matrix."""
+        return row * self.shape[-1] + column
+
     def write_back(self) -> None:
         if self.written:
             self.ref[...] = self.numbers.reshape(self.shape)
@@ -59,10 +63,18 @@ class Threads:
     def load(self, memory, index):
         return memory.numbers[index]
 
+    def pair(self, memory, index) -> list:
+        return [self.load(memory, index), self.load(memory, index + 1)]
+
     def store(self, memory, index, values, where=None) -> None:
         index = index if where is None else jnp.where(where, index, memory.numbers.shape[0])
         for n, value in enumerate(values):
+            value = value if value.dtype == jnp.float32 else lax.bitcast_convert_type(value, jnp.float32)
             memory.numbers, memory.written = memory.numbers.at[index + n].set(value, mode="drop"), True
+
+    def send(self, memory, block, index, values, blocks: int) -> None:
+        """`memory` is that of all blocks, one behind another."""
+        self.store(memory, block * (memory.numbers.shape[0] // blocks) + index, values)
 
     def matrices(self, tile, row, chunk, *, transposed=False) -> list:
         axis = lambda shape, n: lax.broadcasted_iota(jnp.int32, shape, n)
@@ -93,6 +105,11 @@ class Threads:
             halves.append(jnp.where((half & np.uint32(0x7F800000)) > 0, number, small) + shift)
         return self.packed(*halves)
 
+    def picked(self, a, b, selector: int):
+        bytes_ = [one >> 8 * n & np.uint32(255) for one in (a, b) for n in range(4)]
+        found = [bytes_[selector >> 4 * n & 15] << 8 * n for n in range(4)]
+        return found[0] | found[1] | found[2] | found[3]
+
     def packed(self, low, high):
         return _word(jnp.stack([low, high], -1).astype(jnp.bfloat16))
 
@@ -113,6 +130,9 @@ class Threads:
     def shuffled(self, word, mask: int):
         bits = word.reshape(4, 2, 2, 2, 2, 2)
         return lax.rev(bits, [5 - n for n in range(5) if mask >> n & 1]).reshape(THREADS)
+
+    def multiply_add(self, a, b, c):
+        return a * b + c
 
     def exp2(self, word):
         return jnp.exp2(word)

@@ -11,6 +11,8 @@ gpu_eight.py    what those of 8 bits with 8 bits do
 gpu_kernels.py  what those of weights in 4 or 8 bits do
 gpu_few_rows.py  what those of weights in 4 or 8 bits with few rows of x do, and
 gpu_registers.py  how codes become operands in registers there
+mosaic_gpu_codes.py  another kernel for those, of warps that wait for nothing but memory: gpu_codes.py the frame of a block, and
+gpu_codes_program.py  what its warps do
 reference.py    the same in NumPy: float64, and int64 where both are integers
 """
 

@@ -12,7 +12,7 @@ from jaxpar.pallas_kernels.dispatch import Implementation, Op
 from jaxpar.pallas_kernels.formats.format import Format
 from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, quantise
 from jaxpar.pallas_kernels.formats.rotation import rotate, signs
-from jaxpar.pallas_kernels.matmul import mosaic_gpu, mosaic_tpu, scaled_dot
+from jaxpar.pallas_kernels.matmul import mosaic_gpu, mosaic_gpu_codes, mosaic_tpu, scaled_dot
 from jaxpar.pallas_kernels.matmul.products import product
 
 
@@ -56,7 +56,15 @@ MOSAIC_GPU_FEW_ROWS = Implementation(
     platform="cuda",
     kernel=True,
 )
-PRODUCT = Op("a quantised product", (MOSAIC_TPU, MOSAIC_GPU_FEW_ROWS, MOSAIC_GPU, SCALED_DOT, XLA))
+MOSAIC_GPU_CODES = Implementation(
+    mosaic_gpu_codes.NAME,
+    mosaic_gpu_codes.product_mosaic_gpu_codes,
+    mosaic_gpu_codes.misfit,
+    unwise=mosaic_gpu_codes.unwise,
+    platform="cuda",
+    kernel=True,
+)
+PRODUCT = Op("a quantised product", (MOSAIC_TPU, MOSAIC_GPU_CODES, MOSAIC_GPU_FEW_ROWS, MOSAIC_GPU, SCALED_DOT, XLA))
 """One product of two operands, of which one or both are `Quantised`: `explain(PRODUCT, a, b, axes=(-1, -2), dtype=...)` says
 what each implementation makes of it."""
 IMPLEMENTATIONS = PRODUCT.names
@@ -111,7 +119,7 @@ def quant_matmul(
       implementation: "xla"; "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some);
         "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits); "mosaic_gpu" (kernels for Hopper GPUs: int8
         with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16); "mosaic_gpu_few_rows" (what the latter is for
-        such weights with up to 64 rows of x). None: one of these two where it has been seen to be faster than XLA, else "xla", as the others have
+        such weights with up to 64 rows of x); "mosaic_gpu_codes" (another one for up to 16, by its name alone). None: one of these but the last where it has been seen to be faster than XLA, else "xla", as the others have
         not been measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
         raises. Of the backward ones "mosaic_gpu" does those of two 8-bit operands; all others are XLA's.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.

@@ -243,7 +243,7 @@ def product_few_rows(x, w: Quantised, axes, dtype, *, interpret=False, tiles: Fe
         op, name = ("quant_matmul", "mosaic_gpu_few_rows"), operands_name(x, w, dtype)
         tiles = look_up(FEW_ROWS, versions.device_kind("cuda"), op=op, dtype=name, **sizes_of(x, w, axes))
     more = dict(bits=w.format.element.bits, dtype=dtype, tiles=tiles, interpret=gpu.interpreter(interpret))
-    return gpu_few_rows.product(x, **_stored(w), **more)
+    return gpu_few_rows.product(x, **stored(w), **more)
 
 
 def _up(size: int, step: int) -> int:
@@ -295,7 +295,7 @@ def _processors(interpret) -> int:
     return 4 if interpret else versions.processors("cuda") or 132
 
 
-def _stored(w: Quantised) -> dict:
+def stored(w: Quantised) -> dict:
     """The weights as kernels with a 16-bit x take them."""
     return {
         "codes": jax.lax.bitcast_convert_type(w.codes, jnp.int8),
@@ -324,7 +324,7 @@ def _sixteen(x, w, axes, dtype, tiles: HopperTiles, interpret):
     arrays = {
         "x_first": halves[0],
         "x_second": halves[1],
-        **_stored(w),
+        **stored(w),
     }
     return _call(gpu_kernels.sixteen, settings, arrays, (M, N), grid, interpret)
 

@@ -19,6 +19,7 @@ from jaxpar.pallas_kernels.decode import mosaic_tpu as decode_tpu
 from jaxpar.pallas_kernels.formats.format import get
 from jaxpar.pallas_kernels.formats.quantised import Quantised, quantise
 from jaxpar.pallas_kernels.matmul import mosaic_gpu as product_gpu
+from jaxpar.pallas_kernels.matmul import mosaic_gpu_codes as product_codes
 from jaxpar.pallas_kernels.matmul import mosaic_tpu as product_tpu
 from jaxpar.pallas_kernels.matmul.products import operands_name
 from jaxpar.pallas_kernels.tiles import look_up
@@ -142,13 +143,13 @@ def quant_matmul(
     Args:
       kind: of the device, as JAX names it.
       implementation: "mosaic_tpu" or "mosaic_gpu"; of few rows with weights in 4 or 8 bits the latter is "mosaic_gpu_few_rows",
-        which does those.
+        which does those; or "mosaic_gpu_codes".
       weights, activations: formats; activations None: in `dtype`.
 
     Raises:
       ValueError: an unknown format, or a product that the kernels do not do.
     """
-    module = product_gpu if implementation == "mosaic_gpu" else product_tpu
+    module = {"mosaic_gpu": product_gpu, product_codes.NAME: product_codes}.get(implementation, product_tpu)
     formats, dtype = (get(weights), None if activations is None else get(activations)), jnp.dtype(dtype)
 
     def make(key):
@@ -169,6 +170,12 @@ def quant_matmul(
         sizes = dict(rows=rows, columns=outputs, sums=inputs)
         table = look_up(product_tpu.TABLE, kind, **sizes)
         run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
+    elif module is product_codes:
+        candidates = _product(stages=GPU_STAGES[1:], blocks=GPU_CODE_BLOCKS)
+        sizes = product_gpu.sizes_of(a, b, (-1, -2))
+        table = look_up(product_codes.TABLE, kind, **sizes)
+        call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)
+        run = lambda tiles: lambda a, b: product_codes.product_mosaic_gpu_codes(a, b, tiles=tiles, **call)
     else:
         if isinstance(a, Quantised):
             shared = _product(stages=GPU_STAGES[-1:], cluster_rows=(1, 2), cluster_columns=(1, 2), band=GPU_BANDS)

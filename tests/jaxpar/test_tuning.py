@@ -145,14 +145,16 @@ def test_kernels_for_gpus_are_tuned_by_their_own_fields():
             assert all(len(part.candidates) > 1 for part in subject.parts)
     with pytest.raises(ValueError, match=r"decode_attention on Hopper GPUs takes .*, got 80"):
         DecodeAttention(head_size=80).subject("NVIDIA H200", "mosaic_gpu")
-    named = DecodeAttention(cache="int4_row", kernel="mosaic_gpu_codes")
-    subject = named.subject("NVIDIA H200", "mosaic_gpu")
-    assert subject.implementation == "mosaic_gpu_codes"
-    assert set(subject.parts[0].candidates[0]) == set(vars(subject.table))
+    for named in (DecodeAttention(cache="int4_row", kernel="mosaic_gpu_codes"), QuantMatmul(kernel="mosaic_gpu_codes")):
+        subject = named.subject("NVIDIA H200", "mosaic_gpu")
+        assert subject.implementation == "mosaic_gpu_codes"
+        assert set(subject.parts[0].candidates[0]) == set(vars(subject.table))
+        with pytest.raises(ValueError, match="mosaic_gpu_codes is a kernel for another platform than mosaic_tpu"):
+            named.subject(V5E, "mosaic_tpu")
     with pytest.raises(ValueError, match="takes keys and values in int8 or int4, got bfloat16"):
         DecodeAttention(kernel="mosaic_gpu_codes").subject("NVIDIA H200", "mosaic_gpu")
-    with pytest.raises(ValueError, match="mosaic_gpu_codes is a kernel for another platform"):
-        named.subject(V5E, "mosaic_tpu")
+    with pytest.raises(ValueError, match="takes up to 16 rows of x, got 17"):
+        QuantMatmul(rows=17, kernel="mosaic_gpu_codes").subject("NVIDIA H200", "mosaic_gpu")
 
 
 def test_from_end_to_end(tuned):

@@ -140,8 +140,8 @@ MUTANTS = (
     (gpu_codes_program, "four[i] * scales[i // 2], 0.0)", "four[i] * scales[0], 0.0)"),
     (gpu_codes_program, "machine.turned(machine.packed(", "(machine.packed("),
     (gpu_codes_program, "operand = first[n], first[n + 1], second[n]", "operand = first[n], second[n], first[n + 1]"),
-    (gpu_codes_program, "fresh[n][i] * scales[i // 2]", "fresh[n][i] * scales[1]"),
-    (gpu_codes_program, "_added(*two)", "two[1]"),
+    (gpu_codes_program, "fresh[n][i], scales[i // 2], old", "fresh[n][i], scales[1], old"),
+    (gpu_codes_program, "else found[n][i]\n", "else None\n"),
     (gpu_codes_program, "level) for one in tops]", "0.0) for one in tops]"),
     (
         gpu_codes_program,

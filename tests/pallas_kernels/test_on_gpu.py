@@ -22,6 +22,7 @@ from jaxpar.pallas_kernels.decode import mosaic_gpu_codes as decode_mosaic_gpu_c
 from jaxpar.pallas_kernels.decode.xla import decode_xla
 from jaxpar.pallas_kernels.formats import quantise
 from jaxpar.pallas_kernels.matmul import mosaic_gpu as products
+from jaxpar.pallas_kernels.matmul import mosaic_gpu_codes as codes_in_registers
 from jaxpar.pallas_kernels.matmul import product_reference
 from jaxpar.pallas_kernels.matmul.products import product
 from jaxpar.pallas_kernels.tiles import chip
@@ -230,16 +231,24 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 16, 40, 260])
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_against_float64(name, rows):
+@pytest.mark.parametrize(
+    ("name", "rows", "inputs_size", "kernel"),
+    [(name, rows, 1024, products.product_mosaic_gpu) for name in PRODUCTS for rows in (1, 16, 40, 260)]
+    + [
+        (name, rows, size, codes_in_registers.product_mosaic_gpu_codes)
+        for name in PRODUCTS
+        if PRODUCTS[name][0] is None
+        for rows, size in ((1, 1024), (5, 640), (8, 14336), (11, 2176), (16, 4096))
+    ],
+)
+def test_products_against_float64(name, rows, inputs_size, kernel):
     rng = np.random.default_rng(0)
     inputs, weights = PRODUCTS[name]
-    x = jnp.asarray(rng.standard_normal((rows, 1024)) * np.exp(rng.standard_normal((rows, 1))), BF16)
-    w = jnp.asarray(rng.standard_normal((1024, 512)) * np.exp(rng.standard_normal((1, 512))), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((rows, inputs_size)) * np.exp(rng.standard_normal((rows, 1))), BF16)
+    w = jnp.asarray(rng.standard_normal((inputs_size, 512)) * np.exp(rng.standard_normal((1, 512))), jnp.float32)
     a, b = x if inputs is None else quantise(x, inputs), quantise(w, weights, 0)
     dtype = BF16 if inputs is None else jnp.float32
-    found = jax.jit(lambda a, b: products.product_mosaic_gpu(a, b, (-1, -2), dtype))(a, b)
+    found = jax.jit(lambda a, b: kernel(a, b, (-1, -2), dtype))(a, b)
     theirs = jax.jit(lambda a, b: product(a, b, (-1, -2), dtype).astype(dtype))(a, b)
     right = product_reference(a, b, (-1, -2))
     mine, xlas = errors(found, right), errors(theirs, right)
