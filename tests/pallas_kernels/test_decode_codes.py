@@ -24,6 +24,7 @@ from jaxpar.pallas_kernels.decode.gpu_codes_program import query_channels
 from jaxpar.pallas_kernels.decode.xla import decode_xla
 from jaxpar.pallas_kernels.dispatch import explain
 from jaxpar.pallas_kernels.formats.quantised import quantise
+from jaxpar.pallas_kernels.lanes import codes
 from tests.pallas_kernels.attention_cases import errors, no_worse
 from tests.pallas_kernels.decode_cases import Case, arguments, call, check_data, poisoned
 from tests.pallas_kernels.test_attention_mosaic_gpu import H200, TWO
@@ -149,7 +150,7 @@ MUTANTS = (
         "(top > -math.inf, tops[0], 0.0)\n        shares",
     ),
     (gpu_codes_program, "+ top) * LOG2", "+ top)"),
-    (gpu_codes_program, "0x7F007F00), (0x00F000F0, 0x7D007D00)", "0x7F007F00), (0x00F000F0, 0x7F007F00)"),
+    (codes, "0x7F007F00), (0x00F000F0, 0x7D007D00)", "0x7F007F00), (0x00F000F0, 0x7F007F00)"),
     (gpu_codes_program, "per_word // 2)", "per_word // 4)"),
 )
 """All are tried with each of the problems until one of them sees it."""
@@ -195,8 +196,10 @@ def test_mutants_are_killed(problems, number, monkeypatch):
     made = load(module, source.replace(old, new), monkeypatch)
     again = lambda module: load(module, Path(module.__file__).read_text(), monkeypatch)
     frame = made if module is gpu_codes else again(gpu_codes)
-    if module is gpu_codes_program:
-        frame.program = made
+    if module is not gpu_codes:
+        frame.program = made if module is gpu_codes_program else again(gpu_codes_program)
+    if module is codes:
+        frame.program.widened = made.widened
     calls = again(mosaic_gpu_codes)
     calls.gpu_codes, calls.Settings, calls.program = frame, frame.Settings, frame.program
     assert not all(right(calls, problems, name) for name in PROBLEMS), f"{old!r} -> {new!r} makes no difference"
