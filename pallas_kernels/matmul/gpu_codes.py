@@ -1,7 +1,7 @@
 """The frame of the Hopper kernel for few rows of x and weights in 4 or 8 bits: what a block copies, and what its warps are given
 (`gpu_codes_program`: what they do).
 
-A block is one warpgroup and has `WIDTH` columns of w; several share a multiprocessor. It copies the codes and scales of its steps
+A block is one warpgroup and has 64 or 128 columns of w; several share a multiprocessor. It copies the codes and scales of its steps
 along K ahead, and each of its warps sums a quarter of each step. x is read by threads, a step ahead: all blocks read the same. The blocks of a cluster share columns and divide the steps; in the
 end each adds up its share of the columns. It does not depend on an order.
 """
@@ -22,12 +22,9 @@ from jaxpar.pallas_kernels.matmul import gpu_codes_program as program
 from jaxpar.pallas_kernels.matmul import gpu_registers
 from jaxpar.pallas_kernels.matmul.gpu_codes_program import COLUMNS, ROWS, TILE
 
-WIDTH = 64
-"""Columns of w of a block."""
 WARPS = 4
 MOST = 16
 """Rows of x: a thread has all of a step's in registers."""
-CODES = lanes.Kind(WIDTH)
 SPLITS = 8
 """Blocks of a cluster, at most."""
 
@@ -37,14 +34,18 @@ class CodeTiles:
     """How K is divided.
 
     Attributes:
+      columns: of w, of a block: 64 or 128.
       stages: steps along K that a block is ahead.
       blocks: K is divided over a cluster of up to `SPLITS` blocks where no more blocks than this come of it.
     """
 
+    columns: int = 64
     stages: int = 2
     blocks: int = 528
 
     def __post_init__(self):
+        if self.columns not in (64, 128):
+            raise ValueError(f"CodeTiles.columns must be 64 or 128, got {self.columns}")
         if min(self.stages, self.blocks) < 1:
             raise ValueError(f"CodeTiles needs a stage and a block at least, got {self.stages} and {self.blocks}")
 
@@ -55,6 +56,7 @@ class Settings:
 
     Attributes:
       there: rows of x.
+      width: columns of w of a block.
       splits: blocks of a cluster.
       stages: steps that a block may be ahead.
       inputs: K; `steps`: along it.
@@ -64,6 +66,7 @@ class Settings:
     """
 
     there: int
+    width: int
     splits: int
     stages: int
     inputs: int
@@ -71,8 +74,6 @@ class Settings:
     groups: int
     bits: int
     interpret: bool
-
-    width = WIDTH
 
     @property
     def columns(self) -> int:
@@ -104,7 +105,7 @@ class Settings:
     @property
     def share(self) -> int:
         """Columns that each block of a cluster adds up."""
-        return WIDTH // self.splits
+        return self.width // self.splits
 
     @property
     def workers(self) -> int:
@@ -114,20 +115,24 @@ class Settings:
     @property
     def sums(self) -> int:
         """Words of a thread."""
-        return WIDTH // TILE * self.columns * 4
+        return self.width // TILE * self.columns * 4
 
     @property
     def words(self) -> int:
         """Of a thread, from step to step: sums, and what the next step has of x."""
         return self.sums + self.products * self.columns * 2
 
+    @property
+    def codes(self) -> lanes.Kind:
+        return lanes.Kind(self.width)
+
     def scratch(self) -> dict:
         """Shared memory and barriers by name, for each warpgroup, and sums for each block that gets them and each that sends."""
         each = self.splits if self.interpret else 1
         slots = (each, self.stages)
         return {
-            "codes_tile": plgpu.SMEM((*slots, WARPS * ROWS, WIDTH), jnp.int8, transforms=CODES.transforms),
-            "scales_tile": plgpu.SMEM((*slots, self.groups, WIDTH), jnp.float32),
+            "codes_tile": plgpu.SMEM((*slots, WARPS * ROWS, self.width), jnp.int8, transforms=self.codes.transforms),
+            "scales_tile": plgpu.SMEM((*slots, self.groups, self.width), jnp.float32),
             "sums": plgpu.SMEM((each, self.splits, WARPS, self.rows, self.share), jnp.float32),
             "ready": plgpu.Barrier(num_arrivals=2, num_barriers=each * self.stages),
             "all_here": plgpu.Barrier(num_arrivals=each),
@@ -138,7 +143,7 @@ def few_rows(s: Settings, names, *refs) -> None:
     """`x [M, K] · w [K, N]`, x in bfloat16 and w in 4 or 8 bits with a scale for each group of values along K."""
     x = SimpleNamespace(**dict(zip(names, refs, strict=True)))
     column, warpgroup = lax.axis_index("column"), lax.axis_index("warpgroup")
-    here = pl.ds(column * WIDTH, WIDTH)
+    here = pl.ds(column * s.width, s.width)
     split = warpgroup if s.interpret else lax.axis_index("split") if s.splits > 1 else 0
     count = lax.div(s.steps - split + s.splits - 1, s.splits)
 
@@ -165,7 +170,7 @@ def few_rows(s: Settings, names, *refs) -> None:
         plgpu.barrier_wait(x.ready.at[warpgroup * s.stages + slot])
         tiles = [x.codes_tile.at[warpgroup, slot], x.scales_tile.at[warpgroup, slot], x.x]
         first = (split + n * s.splits) * s.step
-        words = run(program.step, tiles, [CODES, *[lanes.NUMBERS] * 2], [words], (first,), s.words)
+        words = run(program.step, tiles, [s.codes, *[lanes.NUMBERS] * 2], [words], (first,), s.words)
         # All threads have read what the next copies overwrite.
         plgpu.commit_smem()
         fetch(n + s.stages, slot)
@@ -181,7 +186,7 @@ def few_rows(s: Settings, names, *refs) -> None:
         plgpu.barrier_wait(x.all_here)
     else:
         gpu_registers.meet()
-    own = pl.ds((column * WIDTH + split * s.share) // 2, s.share // 2)
+    own = pl.ds((column * s.width + split * s.share) // 2, s.share // 2)
     run(program.gather, [x.sums.at[warpgroup], x.out.at[:, own]], [lanes.NUMBERS] * 2, [], (), 0)
 
 
@@ -211,8 +216,8 @@ def product(x, codes, scales, *, bits: int, tiles: CodeTiles, interpret) -> jax.
     steps, group = -(-K // depth), K // many
     touched = depth // group if depth % group == 0 else depth // group + 2
     groups = 1 if group % depth == 0 or many == 1 else min(touched, many)
-    splits = splits_of(steps, N // WIDTH, tiles.blocks)
-    settings = Settings(M, splits, tiles.stages, K, group, groups, bits, bool(interpret))
+    splits = splits_of(steps, N // tiles.columns, tiles.blocks)
+    settings = Settings(M, tiles.columns, splits, tiles.stages, K, group, groups, bits, bool(interpret))
     pairs = lax.bitcast_convert_type(x.reshape(M, K // 2, 2), jnp.float32)
     arrays = {"codes": codes, "scales": scales, "x": pairs}
     scratch = settings.scratch()
@@ -220,7 +225,7 @@ def product(x, codes, scales, *, bits: int, tiles: CodeTiles, interpret) -> jax.
     call = gpu.kernel(
         lambda *refs: few_rows(settings, (*arrays, "out", *scratch), *refs),
         [versions.out_shape((M, N // 2), jnp.float32, *arrays.values())],
-        grid={"column": N // WIDTH},
+        grid={"column": N // tiles.columns},
         cluster={"split": splits} if clustered else {},
         warpgroups=splits if interpret else 1,
         scratch=scratch.values(),

@@ -14,7 +14,7 @@ from jaxpar.pallas_kernels.matmul.products import operands_name
 from jaxpar.pallas_kernels.tiles import Row, look_up
 
 NAME = "mosaic_gpu_codes"
-TABLE = (Row(CodeTiles(2, 528), most=(("bits", 4), ("rows", 8))), Row(CodeTiles(2, 396)))
+TABLE = (Row(CodeTiles(64, 2, 528), most=(("bits", 4), ("rows", 8))), Row(CodeTiles(64, 2, 396)))
 """Tiles by the bits of a code and rows of x: four blocks in a multiprocessor, or three. That they compile and fit is tested;
 nothing has been measured."""
 

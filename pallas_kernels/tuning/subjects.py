@@ -171,7 +171,7 @@ def quant_matmul(
         table = look_up(product_tpu.TABLE, kind, **sizes)
         run = lambda tiles: lambda a, b: product_tpu.product_mosaic_tpu(a, b, dtype, tiles=tiles, interpret=interpret)
     elif module is product_codes:
-        candidates = _product(stages=GPU_STAGES[1:], blocks=GPU_CODE_BLOCKS)
+        candidates = _product(columns=GPU_STEPS, stages=GPU_STAGES[1:], blocks=GPU_CODE_BLOCKS)
         sizes = product_gpu.sizes_of(a, b, (-1, -2))
         table = look_up(product_codes.TABLE, kind, **sizes)
         call = dict(axes=(-1, -2), dtype=dtype, interpret=interpret)

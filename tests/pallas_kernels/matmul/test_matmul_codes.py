@@ -32,14 +32,14 @@ AXES = (-1, -2)
 Tiles = gpu_codes.CodeTiles
 CASES = {
     # Rows, K, N, format, tiles: clusters as many as blocks are allowed, and steps that K does not fill.
-    "one row": (1, 1024, 128, "int4_g128", Tiles(2, 4)),
-    "five rows, a last step of a quarter, more stages than steps": (5, 640, 128, "int4_g128", Tiles(3, 16)),
-    "sixteen rows, 8 bits": (16, 512, 128, "int8_g128", Tiles(1, 2)),
-    "scales of columns": (3, 896, 128, "int8_row", Tiles(2, 16)),
-    "nine rows, 4 bits with scales of columns, four blocks": (9, 2176, 128, "int4_row", Tiles(2, 8)),
-    "groups that are no part of a step": (2, 1152, 128, "int4_g384", Tiles(2, 4)),
-    "eight blocks, fewer steps for some": (8, 5504, 128, "int4_g128", Tiles(1, 16)),
-    "groups of several steps": (4, 2048, 128, "int8_g512", Tiles(2, 4)),
+    "one row": (1, 1024, 128, "int4_g128", Tiles(64, 2, 4)),
+    "five rows, a last step of a quarter, more stages than steps": (5, 640, 128, "int4_g128", Tiles(64, 3, 16)),
+    "sixteen rows, 8 bits": (16, 512, 128, "int8_g128", Tiles(64, 1, 2)),
+    "scales of columns": (3, 896, 128, "int8_row", Tiles(64, 2, 16)),
+    "nine rows, 4 bits with scales of columns, four blocks": (9, 2176, 128, "int4_row", Tiles(64, 2, 8)),
+    "groups that are no part of a step": (2, 1152, 128, "int4_g384", Tiles(64, 2, 4)),
+    "eight blocks, fewer steps for some": (8, 5504, 128, "int4_g128", Tiles(64, 1, 16)),
+    "groups of several steps, wide blocks": (4, 2048, 256, "int8_g512", Tiles(128, 2, 8)),
 }
 
 
@@ -78,8 +78,8 @@ MUTANTS = (
     (gpu_codes, "(split + n * s.splits) * s.step\n", "n * s.step\n"),
     (gpu_codes, "s.steps - split + s.splits - 1", "s.steps - split"),
     (gpu_codes, "pl.ds(lax.div(k * s.step, s.group), s.groups)", "pl.ds(0, s.groups)"),
-    (gpu_codes, "pl.ds(column * WIDTH, WIDTH)", "pl.ds(0, WIDTH)"),
-    (gpu_codes, "(column * WIDTH + split * s.share)", "(column * WIDTH)"),
+    (gpu_codes, "pl.ds(column * s.width, s.width)", "pl.ds(0, s.width)"),
+    (gpu_codes, "(column * s.width + split * s.share)", "(column * s.width)"),
     (gpu_codes_program, "first + s.step * s.splits)", "first + s.step)"),
     (gpu_codes_program, "(first + at.warp * s.depth) // s.group - first // s.group", "at.warp * 0"),
     (gpu_codes_program, "machine.where(k < s.inputs, k, 0)", "machine.where(k < s.inputs, 0, 0)"),
@@ -195,4 +195,6 @@ def test_who_gets_the_kernel():
         text = run.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     with pytest.raises(ValueError, match="CodeTiles needs a stage and a block at least, got 0 and 528"):
-        Tiles(0)
+        Tiles(stages=0)
+    with pytest.raises(ValueError, match=r"CodeTiles\.columns must be 64 or 128, got 96"):
+        Tiles(96)

@@ -68,14 +68,17 @@ def test_every_row_of_the_table_compiles_into_registers_and_is_one_kernel(tmp_pa
         made, bits = found[label], 8 if form.startswith("int8") else 4
         tiles = look_up(mosaic_gpu_codes.TABLE, "NVIDIA H200", bits=bits, rows=rows)
         taken.add(tiles)
-        columns, splits = -(-rows // 8), gpu_codes.splits_of(-(-K // gpu_codes.depth_of(bits)), N // 64, tiles.blocks)
+        columns, splits = (
+            -(-rows // 8),
+            gpu_codes.splits_of(-(-K // gpu_codes.depth_of(bits)), N // tiles.columns, tiles.blocks),
+        )
         assert made["target"] == "sm_90a"
-        # Of a warp and a step: four tiles of 16 columns, of 64 rows of codes.
-        assert made["loads"] == 4 * 2, label
-        assert made["products"] == 4 * (8 * 4 // bits) * columns, label
+        # Of a warp and a step: tiles of 16 columns, of 64 rows of codes.
+        assert made["loads"] == tiles.columns // 16 * 2, label
+        assert made["products"] == tiles.columns // 16 * (8 * 4 // bits) * columns, label
         # A word of a load is one of four codes of 8 bits or eight of 4, two a fused multiplication.
         assert made["widened"] == made["loads"] * 4 * (16 // bits), label
-        assert made["sent"] == 4 * columns * 2
+        assert made["sent"] == tiles.columns // 16 * columns * 2
         assert made["mapped"] == (made["sent"] if splits > 1 else 0), (label, splits)
         # Codes and scales, of the steps ahead and of each next one.
         assert made["copies"] == 2 * (tiles.stages + 1)
