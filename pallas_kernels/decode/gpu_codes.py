@@ -40,8 +40,8 @@ class Settings:
       size: head size.
       bits: of a code, 4 or 8.
       blocks: scales of a head of a token.
-      heads: key/value heads whose scales are copied together as they lie in memory; 0: scales of a head's tokens lie side by
-        side.
+      together: whether scales of the block's heads are copied as they lie in memory, those of a token side by side; or those of
+        a head's tokens are, as XLA has turned them.
       abreast: key/value heads of a block: 1, 2 or 4.
     """
 
@@ -59,7 +59,7 @@ class Settings:
     size: int
     bits: int
     blocks: int
-    heads: int
+    together: bool
     abreast: int
     interpret: bool = False
 
@@ -110,7 +110,7 @@ class Settings:
 def scratch(s: Settings) -> dict:
     """Shared memory and barriers by name."""
     tile = plgpu.SMEM((s.stages, s.tokens, s.tile.width), jnp.int8, transforms=s.tile.transforms)
-    numbers = (s.tokens, s.heads) if s.heads else (s.pieces, s.abreast, s.blocks, s.piece)
+    numbers = (s.tokens, s.abreast) if s.together else (s.pieces, s.abreast, s.blocks, s.piece)
     # The largest logit and the sum of weights are marks.
     alone = {"sums": (WARPS, s.rows, s.size), "marks": (WARPS, 2, s.rows)} if s.parts > 1 else {}
     return {
@@ -143,8 +143,8 @@ def decode(s: Settings, names, *refs) -> None:
                     tile, numbers = getattr(x, f"{name}_tile").at[slot], getattr(x, f"{name}_numbers").at[slot]
                     codes, scales = getattr(x, name), getattr(x, f"{name}_scales")
                     plgpu.copy_gmem_to_smem(codes.at[x.base + row, here, bytes_], tile.at[there], ready)
-                    if s.heads:
-                        plgpu.copy_gmem_to_smem(scales.at[x.base + row, here], numbers.at[there], ready)
+                    if s.together:
+                        plgpu.copy_gmem_to_smem(scales.at[x.base + row, here, heads], numbers.at[there], ready)
                     else:
                         plgpu.copy_gmem_to_smem(scales.at[row, heads, :, here], numbers.at[n_piece], ready)
 
@@ -170,7 +170,7 @@ def decode(s: Settings, names, *refs) -> None:
             clear = clear & (start >= x.low)
         tiles = [x.k_tile.at[slot], x.v_tile.at[slot], x.k_numbers.at[slot], x.v_numbers.at[slot]]
         kinds = [s.tile, s.tile, lanes.NUMBERS, lanes.NUMBERS]
-        numbers = start, clear.astype(jnp.int32), behind, low, x.group
+        numbers = start, clear.astype(jnp.int32), behind, low
         state = run(program.step, tiles, kinds, [state, queries], numbers, s.words)
         # All threads have read what the next copies overwrite.
         plgpu.commit_smem()

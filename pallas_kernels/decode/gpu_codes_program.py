@@ -85,7 +85,7 @@ def begin(s, machine, memories, words, numbers) -> list:
 def step(s, machine, memories, words, numbers) -> list:
     """A step of the softmax as it comes: words as `Settings.words`, the queries' operands behind them."""
     k_tile, v_tile, k_numbers, v_numbers = memories
-    start, clear, behind, low, group = numbers
+    start, clear, behind, low = numbers
     at = _Place(s, machine)
     sums, tops, totals, queries = _parted(s, machine, words)
     tiles = s.tokens // s.parts // TILE
@@ -93,8 +93,8 @@ def step(s, machine, memories, words, numbers) -> list:
     row = at.token + (at.lane & 15)
 
     def scale_at(block, token):
-        if s.heads:
-            return token * s.heads + group * s.abreast + at.head
+        if s.together:
+            return token * s.abreast + at.head
         return ((token // s.piece * s.abreast + at.head) * s.blocks + block) * s.piece + token % s.piece
 
     token_of = lambda tile, below: at.token + at.group + (TILE * tile + 8 * below)

@@ -242,15 +242,15 @@ def together(groups: int, blocks: int) -> bool:
     return groups == TOGETHER and blocks == 1
 
 
-def stored(name: str, x, layer, heads: int) -> dict:
+def stored(name: str, x, layer, as_they_lie) -> dict:
     """Keys or values by the kernel's names: as they lie in memory, [layers · rows or pages, tokens, G, K]; scales too
-    without the last (`heads`), or one layer's turned to [rows or pages, G, blocks, tokens], so that those of a head's tokens
+    without the last (`as_they_lie`), or one layer's turned to [rows or pages, G, blocks, tokens], so that those of a head's tokens
     are copied as one."""
     joined = lambda part: part.reshape(-1, *part.shape[-3:])
     if not isinstance(x, Quantised):
         return {name: joined(x)}
     codes = joined(jax.lax.bitcast_convert_type(x.codes, jnp.int8))
-    if heads:
+    if as_they_lie:
         return {name: codes, f"{name}_scales": joined(x.scales)[..., 0]}
     scales = jnp.moveaxis(x.scales if layer is None else x.scales[layer], 1, -1)
     # Rows of whole 16 bytes.

@@ -110,7 +110,7 @@ def decode_mosaic_gpu_codes(
         size=K,
         bits=mosaic_gpu.bits_of(k),
         blocks=blocks,
-        heads=G if mosaic_gpu.together(G, blocks) else 0,
+        together=together(G, blocks),
         abreast=abreast(G),
         interpret=bool(interpret),
     )
@@ -120,8 +120,8 @@ def decode_mosaic_gpu_codes(
     arrays = {
         **mosaic_gpu.which(settings, k, lens_B, window, layer, table_BxP),
         "q": program.operands(settings, mosaic_gpu.grouped(q_BxTxHxK, G, settings.rows)),
-        **mosaic_gpu.stored("k", k, layer, settings.heads),
-        **mosaic_gpu.stored("v", v, layer, settings.heads),
+        **mosaic_gpu.stored("k", k, layer, settings.together),
+        **mosaic_gpu.stored("v", v, layer, settings.together),
     }
     # A token's codes of all heads side by side.
     arrays |= {name: arrays[name].reshape(*arrays[name].shape[:2], -1) for name in ("k", "v")}
@@ -146,6 +146,12 @@ def decode_mosaic_gpu_codes(
 def abreast(groups: int) -> int:
     """Key/value heads of a block: a warp or several each."""
     return next(n for n in (4, 2, 1) if groups % n == 0)
+
+
+def together(groups: int, blocks: int) -> bool:
+    """Whether scales are copied as they lie: 16 bytes of a token, which a copy has at least. Others are turned beforehand, in
+    XLA."""
+    return abreast(groups) == WARPS and blocks == 1
 
 
 def sizes_of(q, k, slots: int) -> dict[str, int]:

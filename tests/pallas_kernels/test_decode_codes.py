@@ -34,7 +34,7 @@ from tests.pallas_kernels.test_decode_mosaic_gpu import CEILINGS, UNITS, exact, 
 pytestmark = pytest.mark.quick
 Tiles = mosaic_gpu_codes.CodeTiles
 CASES = {
-    # Four heads abreast, scales of eight copied together; a row that holds nothing and one that leaves a split nothing.
+    # Four heads abreast, and their scales, of eight; a row that holds nothing and one that leaves a split nothing.
     "int4, 8 heads, split": Case(
         (3, 1, 392, 16, 8, 128), Tiles(64, 2, blocks=12), (392, 1, 0), jnp.bfloat16, "int4_row"
     ),
@@ -48,6 +48,9 @@ CASES = {
     ),
     "int4 blocks, four heads, split": Case(
         (1, 2, 456, 4, 4, 128), Tiles(32, 3, blocks=4), (440,), jnp.bfloat16, "int4_g32", scale=0.2
+    ),
+    "int8, four heads, pages": Case(
+        (2, 1, 128, 4, 4, 64), Tiles(64, 1, blocks=1), (120, 40), jnp.bfloat16, "int8_row", 32
     ),
     "int4, pages of several steps": Case(
         (2, 1, 256, 4, 2, 128), Tiles(64, 1, blocks=1), (300, 130), jnp.bfloat16, "int4_row", page=128

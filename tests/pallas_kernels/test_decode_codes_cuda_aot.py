@@ -105,7 +105,7 @@ def test_every_row_of_the_table_compiles_into_registers_and_no_cache_is_copied(f
         least = BLOCKS.get(label, 1)
         assert least * 128 * -(-made["registers"] // 8) * 8 <= REGISTERS, (label, made)
         assert least * (made["shared"] + RESERVED) <= SHARED, (label, made)
-        # Scales are turned but those of eight heads with one each; blocks' of 32 are a quarter of their codes, of keys and of
+        # Scales are turned but those of four heads with one each; blocks' of 32 are a quarter of their codes, of keys and of
         # values.
         one_layer = B * SLOTS * G * K * bits // 8
         assert made["temp"] < one_layer * (0.8 if form == "int4_g32" else 0.5), (label, made)
