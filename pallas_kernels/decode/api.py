@@ -65,7 +65,8 @@ def decode_attention(
       implementation: "xla" (dequantises and reads a layer's whole cache), "mosaic_tpu" (flash-decoding on TPUs: reads and
         dequantises only the blocks that a row's queries see; compiled for TPUs, not yet timed on one), "mosaic_gpu" (the
         same for Hopper GPUs, of caches in bfloat16, float16, and int8 and int4 with a scale a head of a token or a block of
-        it; compiled for an H200, not yet timed on one), or None: for each platform that the call may be lowered for, its
+        it; on an H200 at the copy bandwidth from bfloat16, at 0.4 and 0.2 of it from codes), "mosaic_gpu_codes" (another one for
+        int8 and int4, which has not run on a chip and is taken by its name alone), or None: for each platform that the call may be lowered for, its
         own where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which and why.
       interpret: as of `attention`.
 
