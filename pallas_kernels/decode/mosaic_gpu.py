@@ -72,8 +72,17 @@ TABLE = (
 which are fastest has not been measured."""
 
 
-def misfit(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP=None) -> str | None:
+def misfit(q, k, v, lens, **more) -> str | None:
     """Why the kernel cannot do this call, as the end of a sentence; None where it can."""
+    if reason := misfit_of_both(q, k, v, lens, **more):
+        return reason
+    if isinstance(k, Quantised) and bits_of(k) == 4 and q.shape[-1] < 128:
+        return f"takes int4 from a head size of 128 on, got {q.shape[-1]}"
+    return None
+
+
+def misfit_of_both(q, k, v, lens, *, scale, window=None, cap=None, layer=None, table_BxP=None) -> str | None:
+    """As `misfit`, of what `mosaic_gpu_codes` cannot do either."""
     (B, T, H, K), (places, G) = q.shape, k.shape[-3:-1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes queries in bfloat16 or float16, got {q.dtype}"
@@ -109,8 +118,6 @@ def _misfit_codes(q, k: Quantised, paged: bool) -> str | None:
         return f"takes blocks of {LEAST_BYTES} bytes of codes, {MOST_SCALES} a head at most, got {blocks} of {k.format.name}"
     if q.dtype != jnp.bfloat16:
         return f"takes queries in bfloat16 with {k.format.name}, got {q.dtype}"
-    if element.bits == 4 and K < 128:
-        return f"takes int4 from a head size of 128 on, got {K}"
     if paged and places < SMALLEST_PAGE_OF_CODES:
         return f"takes pages of at least {SMALLEST_PAGE_OF_CODES} slots with {k.format.name}, got {places}"
     return None

@@ -62,7 +62,7 @@ def misfit(q, k, v, lens, **more) -> str | None:
     """Why the kernel cannot do this call, as the end of a sentence; None where it can."""
     if not isinstance(k, Quantised):
         return f"takes keys and values in int8 or int4, got {k.dtype}"
-    if reason := mosaic_gpu.misfit(q, k, v, lens, **more):
+    if reason := mosaic_gpu.misfit_of_both(q, k, v, lens, **more):
         return reason
     T, H, K = q.shape[1:]
     rows = mosaic_gpu.rows_of(T, H // k.shape[-2])

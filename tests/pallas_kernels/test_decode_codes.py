@@ -55,6 +55,7 @@ CASES = {
     "int4, pages of several steps": Case(
         (2, 1, 256, 4, 2, 128), Tiles(64, 1, blocks=1), (300, 130), jnp.bfloat16, "int4_row", page=128
     ),
+    "int4, narrow": Case((2, 1, 192, 2, 1, 64), Tiles(64, 2, blocks=1), (190, 77), jnp.bfloat16, "int4_row", scale=0.1),
     "int8, wide": Case((1, 1, 208, 2, 1, 256), Tiles(64, 1, blocks=1), (200,), jnp.bfloat16, "int8_row", scale=0.1),
 }
 

@@ -22,6 +22,7 @@ CASES = {
     "wide KV8": (1, 4, 1, 256, "int8_row", None, False),
     "wide KV8, four heads": (1, 8, 4, 256, "int8_row", None, True),
     "wide KV4 pages": (2, 4, 1, 256, "int4_g32", 32, True),
+    "narrow KV4": (1, 8, 1, 64, "int4_row", None, False),
     "narrow KV8 pages, two heads": (3, 8, 2, 64, "int8_row", 64, True),
 }
 """They take every row of the block table."""
@@ -108,7 +109,9 @@ def test_every_row_of_the_table_compiles_into_registers_and_no_cache_is_copied(f
         # Scales are turned but those of four heads with one each; blocks' of 32 are a quarter of their codes, of keys and of
         # values.
         one_layer = B * SLOTS * G * K * bits // 8
-        assert made["temp"] < one_layer * (0.8 if form == "int4_g32" else 0.5), (label, made)
+        # Beside them there are the results of splits, of which a row has as many as leave each four steps.
+        parts = B * H * T * 4 * (K + 1) * (SLOTS // tokens // 4)
+        assert made["temp"] < one_layer * (0.8 if form == "int4_g32" else 0.3) + parts, (label, made)
 
 
 def tiles_of(label):

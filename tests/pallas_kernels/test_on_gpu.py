@@ -195,18 +195,22 @@ DECODE = {
     "int4 blocks": DecodeCase((2, 1, 712, 4, 2, 128), None, (690, 64), BF16, "int4_g32", scale=0.1),
     "int4 pages": DecodeCase((2, 1, 1024, 4, 2, 128), None, (1000, 130), BF16, "int4_row", page=128, scale=0.1),
 }
-IN_REGISTERS = [name for name, case in DECODE.items() if case.form is not None]
+IN_REGISTERS = {name: case for name, case in DECODE.items() if case.form is not None} | {
+    "int4, 64": DecodeCase((2, 1, 1024, 4, 1, 64), None, (1000, 333), BF16, "int4_row", scale=0.1),
+    "int4, four heads": DecodeCase((2, 2, 712, 8, 4, 128), None, (690, 64), BF16, "int4_row", scale=0.1, window=500),
+    "int8, four heads, 256": DecodeCase((2, 1, 712, 8, 4, 256), None, (690, 64), BF16, "int8_row", scale=0.06),
+    "int4 blocks, four heads": DecodeCase((2, 1, 3000, 16, 4, 128), None, (3000, 2111), BF16, "int4_g32", scale=0.1),
+}
 DECODE_CEILINGS = {BF16: 5e-3, FP16: 6e-4, jnp.float32: 1e-6}
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel"),
-    [(name, decode_mosaic_gpu.decode_mosaic_gpu) for name in DECODE]
-    + [(name, decode_mosaic_gpu_codes.decode_mosaic_gpu_codes) for name in IN_REGISTERS],
+    ("name", "case", "kernel"),
+    [(*one, decode_mosaic_gpu.decode_mosaic_gpu) for one in DECODE.items()]
+    + [(*one, decode_mosaic_gpu_codes.decode_mosaic_gpu_codes) for one in IN_REGISTERS.items()],
 )
-def test_decoding_against_float64(name, kernel):
+def test_decoding_against_float64(name, case, kernel):
     """With NaN in every slot that no row holds, and the same bits without."""
-    case = DECODE[name]
     ours, xla = (decode_cases.call(case, run) for run in (kernel, decode_xla))
     given = decode_cases.arguments(case)
     spoilt = decode_cases.poisoned(case, given)
