@@ -50,12 +50,14 @@ class CodeTiles:
 
 
 TABLE = (
+    Row(CodeTiles(128, 2, 396), most=(("abreast", 2), ("row_bytes", 64))),
+    Row(CodeTiles(64, 2, 264), most=(("abreast", 2),)),
     Row(CodeTiles(64, 2, 396), most=(("bits", 4), ("row_bytes", 256))),
     Row(CodeTiles(32, 2, 396), most=(("row_bytes", 512),)),
     Row(CodeTiles(32, 2, 132)),
 )
-"""Tiles by the bits of a code and the bytes that a block's heads have of a token: three blocks in a multiprocessor. That they compile
-and fit is tested; nothing has been measured."""
+"""Tiles by the bits of a code, the heads that a block has and the bytes that they have of a token: three blocks in a multiprocessor, or
+two where warps that share a head need room for their sums. That they compile and fit is tested; nothing has been measured."""
 
 
 def misfit(q, k, v, lens, **more) -> str | None:
@@ -156,5 +158,6 @@ def together(groups: int, blocks: int) -> bool:
 
 def sizes_of(q, k, slots: int) -> dict[str, int]:
     """What tiles are looked up by."""
-    row_bytes = abreast(k.shape[-2]) * q.shape[3] * mosaic_gpu.bits_of(k) // 8
-    return mosaic_gpu.sizes_of(q, k, slots) | {"row_bytes": row_bytes}
+    heads = abreast(k.shape[-2])
+    row_bytes = heads * q.shape[3] * mosaic_gpu.bits_of(k) // 8
+    return mosaic_gpu.sizes_of(q, k, slots) | {"abreast": heads, "row_bytes": row_bytes}

@@ -27,7 +27,7 @@ CASES = {
 }
 """They take every row of the block table."""
 BITS = {"int8_row": 8, "int4_row": 4, "int4_g32": 4}
-BLOCKS = {"KV4": 3, "KV8": 3, "KV4 blocks, window": 2, "wide KV8": 2}
+BLOCKS = {"KV4": 3, "KV8": 3, "KV4 blocks, window": 2, "wide KV8": 2, "narrow KV4": 3, "wide KV4 pages": 2}
 """That a multiprocessor has room for at least, in registers and shared memory, of those that the bandwidth is wanted from."""
 REGISTERS, SHARED, RESERVED = 65536, 233472, 1024
 """Of a multiprocessor; and what each block has of shared memory besides its own."""
@@ -116,8 +116,9 @@ def test_every_row_of_the_table_compiles_into_registers_and_no_cache_is_copied(f
 
 def tiles_of(label):
     _, _, G, K, form, *_ = CASES[label]
-    row = mosaic_gpu_codes.abreast(G) * K * BITS[form] // 8
-    return look_up(mosaic_gpu_codes.TABLE, "NVIDIA H200", bits=BITS[form], row_bytes=row)
+    heads = mosaic_gpu_codes.abreast(G)
+    row = heads * K * BITS[form] // 8
+    return look_up(mosaic_gpu_codes.TABLE, "NVIDIA H200", bits=BITS[form], abreast=heads, row_bytes=row)
 
 
 @pytest.mark.quick
