@@ -197,7 +197,7 @@ def product(model, rows, inputs, outputs, weights, activations, dtype) -> Case:
     Weights in 8 bits that meet such an x lie along K in memory, as serving would lay them once."""
     from jaxpar.pallas_kernels.formats.format import get
     from jaxpar.pallas_kernels.formats.quantised import dequantise, laid_along, quantise
-    from jaxpar.pallas_kernels.matmul import IMPLEMENTATIONS, Operands, quant_matmul
+    from jaxpar.pallas_kernels.matmul import IMPLEMENTATIONS, Operands, mosaic_gpu, quant_matmul
 
     how = Operands(inputs=get(activations) if activations else None)
 
@@ -218,6 +218,8 @@ def product(model, rows, inputs, outputs, weights, activations, dtype) -> Case:
         return jnp.dot(jnp.asarray(x, precise), jnp.asarray(w, precise))
 
     x, w, _ = jax.eval_shape(make, jax.random.key(0))
+    if how.inputs is None and mosaic_gpu.misfit_few_rows(x, w, (-1, -2), x.dtype) is None:
+        contenders["mosaic_gpu"] = 'is the same as "mosaic_gpu_few_rows" here'
     return Case(
         "quantised product",
         f"{weights} x {activations or dtype}, {rows} x {inputs} x {outputs}",

@@ -67,6 +67,9 @@ def test_what_ops_need_at_least():
     four = next(c for c in found if c.op == "quantised product" and "int4_g128 x bfloat16, 1 x 4096 x 14336" in c.name)
     weights = 4096 * 14336
     assert four.bytes == weights / 2 + weights / 128 * 4 + 2 * (4096 + 14336)
+    # What is one kernel by two names is timed once.
+    assert four.contenders["mosaic_gpu"] == 'is the same as "mosaic_gpu_few_rows" here'
+    assert all(callable(four.contenders[name]) for name in ("mosaic_gpu_few_rows", "mosaic_gpu_codes", "xla"))
     cache = next(c for c in found if c.op == "decode attention" and "bfloat16 cache, 8 x 32768" in c.name)
     assert cache.bytes == pytest.approx(2 * 8 * 32768 * 8 * 128 * 2, rel=1e-3)
     assert all(list(case.contenders) != [] and case.flops > 0 for case in found)
