@@ -72,7 +72,12 @@ def kernel(
         no copies to several blocks, each copies all of it for itself.
       scratch: `plgpu.SMEM`, `plgpu.Barrier`; shared by the warpgroups of a block.
       approximate: take the chip's fast exp2, log2 and reciprocal.
+
+    Raises:
+      ValueError: more warpgroups than the interpreter has threads for.
     """
+    if interpret:
+        _check_threads(warpgroups, name)
     more = {"kernel_name": name} if name else {}
     run = plgpu.kernel(
         body,
@@ -98,6 +103,19 @@ def kernel(
         return [varying(out, axes) for out in run(*arrays)]
 
     return call
+
+
+def _check_threads(warpgroups: int, name: str | None) -> None:
+    """Each warpgroup is a thread of XLA's for CPUs, which multiplies and gathers on the same ones: where all of them wait at
+    barriers for one that computes, none ever does. Two threads have been enough for three warpgroups, and not for four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(cores, len(jax.local_devices(backend="cpu")), 3)
+    if warpgroups > threads:
+        raise ValueError(
+            f"{name or 'a kernel'} has {warpgroups} warpgroups in the interpreter, each on a thread of XLA's, which has "
+            f"room for {threads} here: it would wait for ever. Start Python with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={warpgroups}"
+        )
 
 
 MAY_ADD = MAY_INTERPRET
