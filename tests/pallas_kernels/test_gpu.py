@@ -17,8 +17,6 @@ def test_more_warpgroups_than_the_interpreter_has_threads_are_refused():
 
     outs = [jax.ShapeDtypeStruct((128,), jnp.float32)]
     call = dict(grid={"block": 1}, interpret=True, name="many")
-    with pytest.raises(
-        ValueError, match=r"many has 1000000 warpgroups in .*device_count=1000000"
-    ) as found:
+    with pytest.raises(ValueError, match=r"many has 1000000 warpgroups in .*device_count=1000000") as found:
         gpu.kernel(body, outs, warpgroups=10**6, **call)
     assert "\n" not in str(found.value)
