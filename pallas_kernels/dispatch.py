@@ -26,6 +26,11 @@ def fits(*arrays, **options) -> None:
     """No call is a misfit: of an implementation that does all that its op does."""
 
 
+def unmeasured(*arrays, **options) -> str:
+    """An `unwise` of what has not been seen to be faster than others, on any chip: None leaves all calls to those."""
+    return "has not been measured on a chip, so that only its name chooses it"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxpar.pallas_kernels.attention.sinks import check_sinks, with_sinks
 from jaxpar.pallas_kernels.decode import mosaic_gpu, mosaic_gpu_codes, mosaic_tpu
 from jaxpar.pallas_kernels.decode.xla import decode_xla
-from jaxpar.pallas_kernels.dispatch import Implementation, Op
+from jaxpar.pallas_kernels.dispatch import Implementation, Op, unmeasured
 from jaxpar.pallas_kernels.formats.quantised import Quantised
 
 MOSAIC_TPU = Implementation("mosaic_tpu", mosaic_tpu.decode_mosaic_tpu, mosaic_tpu.misfit, platform="tpu", kernel=True)
@@ -16,7 +16,7 @@ MOSAIC_GPU_CODES = Implementation(
     mosaic_gpu_codes.NAME,
     mosaic_gpu_codes.decode_mosaic_gpu_codes,
     mosaic_gpu_codes.misfit,
-    unwise=mosaic_gpu_codes.unwise,
+    unwise=unmeasured,
     platform="cuda",
     kernel=True,
 )
@@ -65,9 +65,9 @@ def decode_attention(
       implementation: "xla" (dequantises and reads a layer's whole cache), "mosaic_tpu" (flash-decoding on TPUs: reads and
         dequantises only the blocks that a row's queries see; compiled for TPUs, not yet timed on one), "mosaic_gpu" (the
         same for Hopper GPUs, of caches in bfloat16, float16, and int8 and int4 with a scale a head of a token or a block of
-        it; on an H200 at the copy bandwidth from bfloat16, at 0.4 and 0.2 of it from codes), "mosaic_gpu_codes" (another one for
-        int8 and int4, which has not run on a chip and is taken by its name alone), or None: for each platform that the call may be lowered for, its
-        own where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which and why.
+        it; on an H200 at the copy bandwidth from bfloat16, at 0.4 and 0.2 of it from codes), "mosaic_gpu_codes" (another one
+        for int8 and int4, which has not run on a chip and is taken by its name alone), or None: for each platform that the
+        call may be lowered for, its own where it can do the call, else "xla". `explain(DECODE_ATTENTION, q, k, v, lens, scale=...)` says which and why.
       interpret: as of `attention`.
 
     Returns:

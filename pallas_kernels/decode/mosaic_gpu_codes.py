@@ -73,12 +73,6 @@ def misfit(q, k, v, lens, **more) -> str | None:
     return None
 
 
-def unwise(*arrays, **options) -> str:
-    """Why `None` does not take it."""
-    del arrays, options
-    return "has not run on a GPU yet, and is taken by its name alone"
-
-
 def decode_mosaic_gpu_codes(
     q_BxTxHxK, k, v, lens_B, *, scale, window=None, cap=None, layer=None, table_BxP=None, interpret=False, tiles=None
 ):

@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 
-from jaxpar.pallas_kernels.dispatch import Implementation, Op
+from jaxpar.pallas_kernels.dispatch import Implementation, Op, unmeasured
 from jaxpar.pallas_kernels.formats.format import Format
 from jaxpar.pallas_kernels.formats.quantised import Quantised, dequantise, quantise
 from jaxpar.pallas_kernels.formats.rotation import rotate, signs
@@ -20,23 +20,18 @@ def _xla(a, b, axes, dtype):
     return product(a, b, axes, dtype).astype(dtype)
 
 
-def _unmeasured(a, b, axes, dtype) -> str:
-    """Nothing is chosen for None that has not been seen to be faster than XLA's own product."""
-    return "has not been measured on a chip, so that only its name chooses it"
-
-
 XLA = Implementation("xla", _xla)
 SCALED_DOT = Implementation(
     "scaled_dot",
     lambda a, b, axes, dtype: scaled_dot.product_scaled_dot(a, b, axes).astype(dtype),
     lambda a, b, axes, dtype: scaled_dot.misfit(*(x.format if isinstance(x, Quantised) else None for x in (a, b))),
-    unwise=_unmeasured,
+    unwise=unmeasured,
 )
 MOSAIC_TPU = Implementation(
     "mosaic_tpu",
     lambda a, b, axes, dtype, **more: mosaic_tpu.product_mosaic_tpu(a, b, dtype, **more),
     mosaic_tpu.misfit,
-    unwise=_unmeasured,
+    unwise=unmeasured,
     platform="tpu",
     kernel=True,
 )
@@ -60,7 +55,7 @@ MOSAIC_GPU_CODES = Implementation(
     mosaic_gpu_codes.NAME,
     mosaic_gpu_codes.product_mosaic_gpu_codes,
     mosaic_gpu_codes.misfit,
-    unwise=mosaic_gpu_codes.unwise,
+    unwise=unmeasured,
     platform="cuda",
     kernel=True,
 )
@@ -119,9 +114,10 @@ def quant_matmul(
       implementation: "xla"; "scaled_dot" (`jax.lax.scaled_dot`, which multiplies blocks in hardware where there is some);
         "mosaic_tpu" (kernels for TPUs: int8 with int8, and weights in 4 bits); "mosaic_gpu" (kernels for Hopper GPUs: int8
         with int8, e4m3 with e4m3, and weights in 4 or 8 bits with x in bfloat16); "mosaic_gpu_few_rows" (what the latter is for
-        such weights with up to 64 rows of x); "mosaic_gpu_codes" (another one for up to 16, by its name alone). None: one of these but the last where it has been seen to be faster than XLA, else "xla", as the others have
-        not been measured on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply
-        raises. Of the backward ones "mosaic_gpu" does those of two 8-bit operands; all others are XLA's.
+        such weights with up to 64 rows of x); "mosaic_gpu_codes" (another one for up to 16). None: "mosaic_gpu" or
+        "mosaic_gpu_few_rows" where it has been seen to be faster than XLA, else "xla", as the others have not been measured
+        on their chips; `explain(PRODUCT, ...)` tells. A forward product whose operands a named one cannot multiply raises.
+        Of the backward ones "mosaic_gpu" does those of two 8-bit operands; all others are XLA's.
       interpret: run the named kernel in Pallas' interpreter (True, or its parameters), on any platform and very slowly.
 
     Returns:

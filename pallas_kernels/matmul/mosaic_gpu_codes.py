@@ -31,12 +31,6 @@ def misfit(a, b, axes, dtype) -> str | None:
     return None
 
 
-def unwise(a, b, axes, dtype) -> str:
-    """Why `None` does not take it."""
-    del a, b, axes, dtype
-    return "has not run on a GPU yet, and is taken by its name alone"
-
-
 def product_mosaic_gpu_codes(
     x, w: Quantised, axes, dtype, *, interpret=False, tiles: CodeTiles | None = None
 ) -> jax.Array:

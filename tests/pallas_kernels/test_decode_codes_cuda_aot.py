@@ -11,9 +11,9 @@ import pytest
 from jaxpar.pallas_kernels.decode import mosaic_gpu_codes
 from jaxpar.pallas_kernels.tiles import look_up
 from tests.pallas_kernels import cuda_target
+from tests.pallas_kernels.test_decode_cuda_aot import SLOTS, B, given
 from tests.processes import start
 
-LAYERS, B, SLOTS = 4, 8, 8192
 CASES = {
     # T, H, G, K, format of the cache, tokens of a page, window and cap
     "KV4": (1, 32, 8, 128, "int4_row", None, False),
@@ -35,11 +35,7 @@ REGISTERS, SHARED, RESERVED = 65536, 233472, 1024
 
 def compiled() -> dict:
     """Of each case: what the compiler says of its kernel, and the bytes that the program holds besides arguments and results."""
-    import jax
-    import jax.numpy as jnp
-
     from jaxpar.pallas_kernels.decode import decode_attention
-    from jaxpar.pallas_kernels.formats.quantised import quantise
 
     found = {}
     for label, (T, H, G, K, form, page, more) in CASES.items():
@@ -50,12 +46,7 @@ def compiled() -> dict:
             )
             return decode_attention(q, k, v, lens, **call, table_BxP=table, implementation="mosaic_gpu_codes")
 
-        shape = lambda *sizes, kind="int32": jax.ShapeDtypeStruct(sizes, jnp.dtype(kind))
-        places = (B, SLOTS) if page is None else (B * SLOTS // page, page)
-        cache = jax.eval_shape(lambda sizes=(LAYERS, *places, G, K), form=form: quantise(jnp.zeros(sizes), form))
-        table = None if page is None else shape(B, SLOTS // page)
-        given = shape(B, T, H, K, kind="bfloat16"), cache, cache, shape(B), shape(), shape(), table
-        made = cuda_target.compiled(program, *given)
+        made = cuda_target.compiled(program, *given(T, H, G, K, "bfloat16", form, page))
         (one,) = made.kernels
         count = lambda text, ptx=one.ptx: len(re.findall(text, ptx))
         found[label] = {

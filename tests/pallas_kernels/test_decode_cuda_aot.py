@@ -30,28 +30,33 @@ SPILLS = {64: 0, 128: 0, 256: 192}
 """Bytes by head size, at most: of codes, with addresses beside 128 registers of sums. Floats spill nothing."""
 
 
-def compiled() -> dict:
-    """Of each case: what the compiler says of its kernel, and the bytes that the program holds besides arguments and results."""
+def given(T: int, H: int, G: int, K: int, dtype: str, form: str | None, page: int | None) -> tuple:
+    """Shapes of queries, keys, values, lengths, window, layer and page table."""
     import jax
     import jax.numpy as jnp
 
-    from jaxpar.pallas_kernels.decode import decode_attention
     from jaxpar.pallas_kernels.formats.quantised import quantise
+
+    shape = lambda *sizes, kind="int32": jax.ShapeDtypeStruct(sizes, jnp.dtype(kind))
+    places = (B, SLOTS) if page is None else (B * SLOTS // page, page)
+    cache = shape(LAYERS, *places, G, K, kind=dtype)
+    if form is not None:
+        cache = jax.eval_shape(lambda: quantise(jnp.zeros(cache.shape), form))
+    table = None if page is None else shape(B, SLOTS // page)
+    return shape(B, T, H, K, kind=dtype), cache, cache, shape(B), shape(), shape(), table
+
+
+def compiled() -> dict:
+    """Of each case: what the compiler says of its kernel, and the bytes that the program holds besides arguments and results."""
+    from jaxpar.pallas_kernels.decode import decode_attention
 
     def program(q, k, v, lens, window, layer, table):
         call = dict(scale=0.1, window=window, cap=20.0, layer=layer, table_BxP=table, lse_out=True)
         return decode_attention(q, k, v, lens, implementation="mosaic_gpu", **call)
 
     found = {}
-    for label, (T, H, G, K, dtype, form, page) in CASES.items():
-        shape = lambda *sizes, kind="int32": jax.ShapeDtypeStruct(sizes, jnp.dtype(kind))
-        places = (B, SLOTS) if page is None else (B * SLOTS // page, page)
-        cache = shape(LAYERS, *places, G, K, kind=dtype)
-        if form is not None:
-            cache = jax.eval_shape(lambda cache=cache, form=form: quantise(jnp.zeros(cache.shape), form))
-        table = None if page is None else shape(B, SLOTS // page)
-        given = shape(B, T, H, K, kind=dtype), cache, cache, shape(B), shape(), shape(), table
-        made = cuda_target.compiled(program, *given)
+    for label, case in CASES.items():
+        made = cuda_target.compiled(program, *given(*case))
         (one,) = made.kernels
         found[label] = {
             "target": one.target,

@@ -211,22 +211,32 @@ def test_who_gets_the_kernel():
         Tiles(stages=0)
 
 
+BOTH = pytest.mark.parametrize(
+    ("kernel", "form"), [("mosaic_gpu", None), ("mosaic_gpu", "int8_row"), ("mosaic_gpu_codes", "int4_row")]
+)
+"""The kernels for Hopper GPUs by their names, and formats of the cache."""
+
+
 @interpreted
-def test_the_public_function_runs_it_with_sinks_and_tiles_of_the_table():
-    case = replace(CASES["grouped, split"], shape=(2, 3, 80, 4, 2, 64), lens=(80, 50))
+@BOTH
+def test_the_public_function_runs_it_with_sinks_and_tiles_of_the_table(kernel, form):
+    case = replace(CASES["grouped, split"], shape=(2, 3, 80, 4, 2, 64), lens=(80, 50), form=form)
     q, k, v, lens, *_ = arguments(case)
     run = lambda name, **more: decode_attention(
         q, k, v, lens, scale=0.3, layer=1, sinks_H=jnp.arange(4.0), lse_out=True, implementation=name, **more
     )
-    for a, b in zip(*jax.jit(lambda: (run("mosaic_gpu", interpret=True), run("xla")))(), strict=True):
+    for a, b in zip(*jax.jit(lambda: (run(kernel, interpret=True), run("xla")))(), strict=True):
         assert errors(a, np.asarray(b, np.float64))[0] < CEILINGS[jnp.bfloat16]
 
 
-def test_it_lowers_for_a_gpu_inside_a_shard_map():
+@BOTH
+def test_it_lowers_for_a_gpu_inside_a_shard_map(kernel, form):
     """Where JAX keeps account of what differs between devices: rows are spread."""
     shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
-    cache = jax.eval_shape(lambda: quantise(jnp.zeros((3, 4, 128, 2, 128)), "int8_row"))
-    named = dict(scale=1.0, implementation="mosaic_gpu")
+    cache = shape(3, 4, 128, 2, 128)
+    if form is not None:
+        cache = jax.eval_shape(lambda: quantise(jnp.zeros(cache.shape), form))
+    named = dict(scale=1.0, implementation=kernel)
     run = lambda q, k, v, lens, layer: decode_attention(q, k, v, lens, layer=layer, **named)
     rows, kept, whole = PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()
     with jax.sharding.use_abstract_mesh(TWO):

@@ -205,11 +205,14 @@ DECODE_CEILINGS = {BF16: 5e-3, FP16: 6e-4, jnp.float32: 1e-6}
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "kernel"),
-    [(*one, decode_mosaic_gpu.decode_mosaic_gpu) for one in DECODE.items()]
-    + [(*one, decode_mosaic_gpu_codes.decode_mosaic_gpu_codes) for one in IN_REGISTERS.items()],
+    ("case", "kernel"),
+    [pytest.param(case, decode_mosaic_gpu.decode_mosaic_gpu, id=name) for name, case in DECODE.items()]
+    + [
+        pytest.param(case, decode_mosaic_gpu_codes.decode_mosaic_gpu_codes, id=f"{name}, in registers")
+        for name, case in IN_REGISTERS.items()
+    ],
 )
-def test_decoding_against_float64(name, case, kernel):
+def test_decoding_against_float64(case, kernel):
     """With NaN in every slot that no row holds, and the same bits without."""
     ours, xla = (decode_cases.call(case, run) for run in (kernel, decode_xla))
     given = decode_cases.arguments(case)

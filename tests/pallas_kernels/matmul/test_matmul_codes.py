@@ -181,7 +181,7 @@ def test_who_gets_the_kernel():
             "mosaic_gpu_codes"
         ]
         found = verdict(shape(1, 4096), coded(4096, "int4_g128"))
-        assert (found.chosen, found.reason) == ((), "has not run on a GPU yet, and is taken by its name alone")
+        assert (found.chosen, found.reason) == ((), "has not been measured on a chip, so that only its name chooses it")
         for a, b, words in (
             (shape(17, 4096), coded(4096, "int4_g128"), "takes up to 16 rows of x, got 17"),
             (shape(1, 384), coded(384, "int4_g128"), "takes K of at least 512 with 4 bits, got 384"),
